@@ -1,0 +1,1 @@
+"""The AV-ASR models: networks, search and command-line options."""

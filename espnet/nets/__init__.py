@@ -1,0 +1,1 @@
+"""Networks, scorers and beam search."""

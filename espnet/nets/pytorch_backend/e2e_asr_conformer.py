@@ -1,0 +1,310 @@
+"""The recogniser: front-ends, fusion by concatenation, Conformer, CTC and decoder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet.nets.pytorch_backend.ctc import CTC
+from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
+from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
+from espnet.nets.pytorch_backend.frontend.resnet import Conv3dResNet
+from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
+from espnet.nets.pytorch_backend.nets_utils import token_accuracy
+
+STREAMS = {
+    "audio": ("audio",),
+    "video": ("video",),
+    "audiovisual": ("video", "audio"),
+}
+MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
+
+
+def build_video_frontend(name: str, *, width: int) -> nn.Module:
+    """Builds the front-end of the video stream.
+
+    Args:
+        name: `resnet`.
+        width: Channels of its first stage.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == "resnet":
+        return Conv3dResNet(width=width)
+    raise ValueError(f"video front-end {name!r} is unknown: choose resnet")
+
+
+def build_audio_frontend(name: str, *, width: int) -> nn.Module:
+    """Builds the front-end of the audio stream.
+
+    Args:
+        name: `resnet1d`.
+        width: Channels of its first stage.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == "resnet1d":
+        return Conv1dResNet(width=width)
+    raise ValueError(f"audio front-end {name!r} is unknown: choose resnet1d")
+
+
+class E2E(nn.Module):
+    """Audio, video or audio-visual recogniser trained with CTC and attention together.
+
+    Source: Watanabe et al., Hybrid CTC/Attention Architecture, 2017; Ma et al., Auto-AVSR, ICASSP
+    2023, whose state dicts load as they are.
+
+    Args:
+        odim: Vocabulary size V: blank (0), the tokens, and eos (V - 1), which is sos too.
+        modality: `audio`, `video` or `audiovisual`.
+        ctc_weight: Weight of the CTC loss in [0, 1]; the decoder's loss has the rest.
+        ignore_id: Id that pads targets.
+        adim: Feature size D of encoder and decoder.
+        aheads: Attention heads.
+        eunits: Feed-forward units of the encoder.
+        elayers: Blocks of the encoder.
+        dunits: Feed-forward units of the decoder.
+        dlayers: Blocks of the decoder.
+        cnn_module_kernel: Frames that the encoder's convolutions see.
+        video_width: Channels of the video front-end's first stage.
+        audio_width: Channels of the audio front-end's first stage.
+        dropout_rate: Dropout everywhere.
+        label_smoothing: Probability that the decoder's target leaves to the other tokens.
+        modality_dropout: Probabilities with which a training utterance loses its audio, and its
+            video; never both. If either is positive, a learned vector stands in for a missing
+            stream, and the model also takes inputs that lack one.
+
+    Raises:
+        ValueError: If the modality is unknown, a weight or probability is out of range, or
+            modality dropout is asked of a model with one stream.
+    """
+
+    def __init__(
+        self,
+        odim: int,
+        modality: str,
+        ctc_weight: float = 0.1,
+        ignore_id: int = -1,
+        *,
+        adim: int = 768,
+        aheads: int = 12,
+        eunits: int = 3072,
+        elayers: int = 12,
+        dunits: int = 3072,
+        dlayers: int = 6,
+        cnn_module_kernel: int = 31,
+        video_width: int = 64,
+        audio_width: int = 64,
+        dropout_rate: float = 0.1,
+        label_smoothing: float = 0.1,
+        modality_dropout: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        super().__init__()
+        _check_arguments(modality, ctc_weight, modality_dropout)
+        self.odim = odim
+        self.sos = self.eos = odim - 1
+        self.streams = STREAMS[modality]
+        self.ctc_weight = ctc_weight
+        self.ignore_id = ignore_id
+        self.label_smoothing = label_smoothing
+        self.modality_dropout = modality_dropout
+
+        if "video" in self.streams:
+            self.video_frontend = build_video_frontend("resnet", width=video_width)
+        if "audio" in self.streams:
+            self.audio_frontend = build_audio_frontend("resnet1d", width=audio_width)
+        if any(modality_dropout):
+            self.missing_video = nn.Parameter(torch.zeros(self.video_frontend.output_dim))
+            self.missing_audio = nn.Parameter(torch.zeros(self.audio_frontend.output_dim))
+        features = sum(self._frontend(stream).output_dim for stream in self.streams)
+        self.proj_encoder = nn.Linear(features, adim)
+        self.encoder = ConformerEncoder(
+            attention_dim=adim,
+            attention_heads=aheads,
+            linear_units=eunits,
+            num_blocks=elayers,
+            cnn_module_kernel=cnn_module_kernel,
+            dropout_rate=dropout_rate,
+        )
+        self.decoder = TransformerDecoder(
+            odim=odim,
+            attention_dim=adim,
+            attention_heads=aheads,
+            linear_units=dunits,
+            num_blocks=dlayers,
+            dropout_rate=dropout_rate,
+        )
+        self.ctc = CTC(odim=odim, encoder_dim=adim, dropout_rate=dropout_rate, ignore_id=ignore_id)
+        self.register_load_state_dict_pre_hook(_rename_single_frontend)
+
+    def forward(
+        self,
+        x: Tensor | Mapping[str, Tensor],
+        lengths: Tensor | Mapping[str, Tensor],
+        targets: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes the training loss.
+
+        Args:
+            x: Video (B, T, 1, H, W) or audio (B, S, 1) of a model with one stream, or
+                `{"video": ..., "audio": ...}`.
+            lengths: Frames and samples, (B,) each, in the same form.
+            targets: Token ids, (B, U), padded with `ignore_id`.
+
+        Returns:
+            The weighted loss, the CTC loss, the decoder's loss (means over the utterances) and
+            the decoder's token accuracy.
+        """
+        memory, memory_lengths = self.encode(x, lengths)
+        loss_ctc = self.ctc(memory, memory_lengths, targets)
+        loss_att, accuracy = self._decoder_loss(memory, memory_lengths, targets)
+        loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
+        return loss, loss_ctc, loss_att, accuracy
+
+    def encode(
+        self, x: Tensor | Mapping[str, Tensor], lengths: Tensor | Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Encodes a batch.
+
+        Args:
+            x: As in `forward`; after training with modality dropout, a stream may be absent.
+            lengths: As in `forward`.
+
+        Returns:
+            Encoder output, (B, T, D), and its lengths, (B,).
+
+        Raises:
+            ValueError: If a stream is absent that the model cannot do without, or the streams'
+                lengths do not match.
+        """
+        if not isinstance(x, Mapping):
+            x, lengths = {self.streams[0]: x}, {self.streams[0]: lengths}
+        features = {
+            stream: self._frontend(stream)(x[stream], lengths[stream])
+            for stream in self.streams
+            if stream in x
+        }
+        fused, frames = self._fuse(features)
+        return self.encoder(self.proj_encoder(fused), frames), frames
+
+    def _frontend(self, stream: str) -> nn.Module:
+        return self.video_frontend if stream == "video" else self.audio_frontend
+
+    def _fuse(self, features: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Concatenates the streams' features over one clock, (B, T, sum of D), and lengths, (B,).
+
+        The first stream is the clock; frames that the other lacks at its end are zero.
+        """
+        missing = [stream for stream in self.streams if stream not in features]
+        if missing and (not any(self.modality_dropout) or len(missing) == len(self.streams)):
+            raise ValueError(
+                f"input has streams {sorted(features)}, the model needs {list(self.streams)}: a "
+                "model takes a single stream if it is trained with --modality-dropout"
+            )
+        clock = next(stream for stream in self.streams if stream in features)
+        reference, frames = features[clock]
+        for stream, (_, other) in features.items():
+            difference = int((other - frames).abs().max())
+            if difference > MAX_LENGTH_DIFFERENCE:
+                raise ValueError(
+                    f"{stream} and {clock} of an utterance differ by {difference} frames, at most "
+                    f"{MAX_LENGTH_DIFFERENCE} are expected: they do not belong together"
+                )
+        lost = self._draw_lost_streams(len(frames)) if self.training else {}
+        columns = []
+        for stream in self.streams:
+            if stream not in features:
+                vector = getattr(self, f"missing_{stream}")
+                columns.append(vector.expand(*reference.shape[:2], -1).to(reference.dtype))
+                continue
+            column = _fit_length(features[stream][0], reference.size(1))
+            if stream in lost:
+                vector = getattr(self, f"missing_{stream}").to(column.dtype)
+                column = torch.where(lost[stream].to(column.device)[:, None, None], vector, column)
+            columns.append(column)
+        return torch.cat(columns, dim=-1), frames
+
+    def _draw_lost_streams(self, batch_size: int) -> dict[str, Tensor]:
+        """Which utterances lose a stream in this step, (B,) bool for each stream."""
+        lose_audio, lose_video = self.modality_dropout
+        if not any(self.modality_dropout):
+            return {}
+        draw = torch.rand(batch_size)
+        return {
+            "audio": draw < lose_audio,
+            "video": (draw >= lose_audio) & (draw < lose_audio + lose_video),
+        }
+
+    def _decoder_loss(
+        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Label-smoothed cross-entropy, summed over tokens, averaged over utterances; accuracy.
+
+        The loss is the Kullback-Leibler divergence from a target that gives `label_smoothing` to
+        the V - 1 other tokens (Szegedy et al., 2016), which PyTorch's cross-entropy gives for
+        smoothing over all V tokens, once the rate is rescaled and the target's entropy taken off.
+        """
+        real = targets != self.ignore_id
+        lengths = real.sum(dim=1, keepdim=True)
+        sos = targets.new_full((len(targets), 1), self.sos)
+        inputs = torch.cat([sos, targets.masked_fill(~real, self.eos)], dim=1)  # (B, U + 1)
+        outputs = F.pad(targets, (0, 1), value=self.ignore_id).scatter(1, lengths, self.eos)
+        logits = self.decoder(inputs, memory, memory_lengths)  # (B, U + 1, V)
+
+        others = self.odim - 1
+        cross_entropy = F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            outputs.flatten(),
+            ignore_index=self.ignore_id,
+            label_smoothing=self.label_smoothing * self.odim / others,
+            reduction="sum",
+        )
+        smoothed = torch.tensor([1 - self.label_smoothing, self.label_smoothing])
+        entropy = -torch.special.xlogy(
+            smoothed, smoothed / torch.tensor([1.0, float(others)])
+        ).sum()
+        tokens = real.sum() + len(targets)
+        loss = (cross_entropy - tokens * entropy.item()) / len(targets)
+        return loss, token_accuracy(logits, outputs, self.ignore_id)
+
+
+def _check_arguments(
+    modality: str, ctc_weight: float, modality_dropout: tuple[float, float]
+) -> None:
+    if modality not in STREAMS:
+        raise ValueError(f"modality {modality!r} is unknown: choose one of {', '.join(STREAMS)}")
+    if not 0 <= ctc_weight <= 1:
+        raise ValueError(f"CTC weight {ctc_weight} is out of range: choose it in [0, 1]")
+    if min(modality_dropout) < 0 or sum(modality_dropout) > 1:
+        raise ValueError(
+            f"modality dropout {tuple(modality_dropout)} is out of range: two probabilities whose "
+            "sum is at most 1 are expected"
+        )
+    if any(modality_dropout) and len(STREAMS[modality]) < 2:
+        raise ValueError(
+            f"modality dropout {tuple(modality_dropout)} with modality {modality}: only an "
+            "audiovisual model has a stream to spare, set it to 0 0"
+        )
+
+
+def _fit_length(features: Tensor, length: int) -> Tensor:
+    """Pads (B, T, D) with zeros, or cuts it, to (B, length, D)."""
+    return F.pad(features, (0, 0, 0, length - features.size(1)))
+
+
+def _rename_single_frontend(
+    module: nn.Module,  # noqa: ARG001
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    """Gives the one front-end of an auto_avsr state dict the name of its stream here."""
+    old = f"{prefix}frontend."
+    is_video = f"{old}frontend3D.0.weight" in state_dict
+    new = f"{prefix}{'video' if is_video else 'audio'}_frontend."
+    for key in [key for key in state_dict if key.startswith(old)]:
+        state_dict[new + key.removeprefix(old)] = state_dict.pop(key)

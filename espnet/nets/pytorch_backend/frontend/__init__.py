@@ -1,0 +1,1 @@
+"""Front-ends: from video or audio to features at a frame rate."""

@@ -1,0 +1,137 @@
+"""Audio front-end: a one-dimensional ResNet-18 on the waveform."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from espnet.nets.pytorch_backend.nets_utils import (
+    batch_norm_real_frames,
+    padding_mask,
+    zero_padding,
+)
+
+SAMPLES_PER_FRAME = 640  # 16 kHz over 25 frames a second
+FIRST_STRIDE = 4
+POOLING = 20  # 4 · 2 · 2 · 2 · 20 = 640
+
+
+class BasicBlock1D(nn.Module):
+    """Two convolutions over three steps with batch norm and swish around a shortcut.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the output.
+        stride: Factor by which the length shrinks.
+    """
+
+    def __init__(self, *, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.conv1 = nn.Conv1d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm1d(channels)
+        self.conv2 = nn.Conv1d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm1d(channels)
+        self.downsample = None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv1d(in_channels, channels, 1, stride=stride, bias=False),
+                nn.BatchNorm1d(channels),
+            )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Applies the block.
+
+        Args:
+            x: Features, (B, C, S), zero where padded.
+            mask: Real steps of the output, (B, S / stride), or None if all are real.
+
+        Returns:
+            Features, (B, C', S / stride), zero where padded.
+        """
+        shortcut = x
+        if self.downsample is not None:
+            convolution, norm = self.downsample
+            shortcut = batch_norm_real_frames(norm, convolution(x), mask)
+        x = F.silu(batch_norm_real_frames(self.bn1, self.conv1(x), mask))
+        x = batch_norm_real_frames(self.bn2, self.conv2(zero_padding(x, mask)), mask)
+        return zero_padding(F.silu(x + shortcut), mask)
+
+
+class ResNet1D(nn.Module):
+    """A convolution over 5 ms, the four stages of a ResNet-18 and the mean over each frame.
+
+    Args:
+        width: Channels of the first stage; the following ones double it.
+    """
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(1, width, 80, stride=FIRST_STRIDE, padding=38, bias=False)
+        self.bn1 = nn.BatchNorm1d(width)
+        channels = [width, width, 2 * width, 4 * width, 8 * width]
+        for stage in range(1, 5):
+            blocks = nn.ModuleList(
+                [
+                    BasicBlock1D(
+                        in_channels=channels[stage - 1],
+                        channels=channels[stage],
+                        stride=1 if stage == 1 else 2,
+                    ),
+                    BasicBlock1D(in_channels=channels[stage], channels=channels[stage], stride=1),
+                ]
+            )
+            setattr(self, f"layer{stage}", blocks)
+        self.avgpool = nn.AvgPool1d(POOLING)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Encodes waveforms.
+
+        Args:
+            x: Waveforms, (B, 1, S), S a multiple of 640, zero where padded.
+            lengths: Real samples, (B,), multiples of 640.
+
+        Returns:
+            Features, (B, 8·width, S / 640), zero where padded.
+        """
+        x = self.conv1(x)  # (B, 1, S) -> (B, C, S/4)
+        mask = padding_mask(lengths // FIRST_STRIDE, x.size(2))
+        x = zero_padding(F.silu(batch_norm_real_frames(self.bn1, x, mask)), mask)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            for block in stage:
+                if mask is not None:
+                    mask = mask[:, :: block.stride]
+                x = block(x, mask)
+        return self.avgpool(x)
+
+
+class Conv1dResNet(nn.Module):
+    """Audio front-end of auto_avsr: 25 features a second from 16 kHz samples.
+
+    Source: Ma et al., Auto-AVSR, ICASSP 2023. Padding enters neither the convolutions nor the
+    batch statistics.
+
+    Args:
+        width: Channels of the first stage; features are 8 times as wide.
+    """
+
+    frame_rate = 25
+
+    def __init__(self, *, width: int = 64) -> None:
+        super().__init__()
+        self.output_dim = 8 * width
+        self.trunk = ResNet1D(width=width)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes waveforms; samples beyond the last full frame are left out.
+
+        Args:
+            x: Waveforms normalised over the utterance, (B, S, 1).
+            lengths: Samples, (B,).
+
+        Returns:
+            Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
+        """
+        frames = lengths // SAMPLES_PER_FRAME
+        samples = frames * SAMPLES_PER_FRAME
+        x = x[:, : x.size(1) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME, 0]
+        x = zero_padding(x.unsqueeze(1), padding_mask(samples, x.size(1)))  # (B, 1, S)
+        return self.trunk(x, samples).transpose(1, 2), frames  # (B, D, T) -> (B, T, D)

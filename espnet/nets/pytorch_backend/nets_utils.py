@@ -1,0 +1,83 @@
+"""Padding masks, work on real frames only, and token accuracy."""
+
+import torch
+from torch import Tensor, nn
+
+
+def make_non_pad_mask(lengths: Tensor, max_length: int) -> Tensor:
+    """Marks the real positions of padded sequences.
+
+    Args:
+        lengths: Number of real positions of each sequence, (B,).
+        max_length: Padded length T.
+
+    Returns:
+        Boolean mask, (B, T); True is a real position.
+    """
+    return torch.arange(max_length, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def padding_mask(lengths: Tensor, max_length: int) -> Tensor | None:
+    """Like `make_non_pad_mask`, but None for a batch without padding.
+
+    Modules skip their masking for None, so a batch of equal lengths costs nothing extra. The
+    test waits for the device once; it is made once a forward pass, not once a layer.
+
+    Args:
+        lengths: Number of real positions of each sequence, (B,).
+        max_length: Padded length T.
+
+    Returns:
+        Boolean mask, (B, T), True is a real position; or None when all positions are real.
+    """
+    if bool((lengths >= max_length).all()):
+        return None
+    return make_non_pad_mask(lengths, max_length)
+
+
+def batch_norm_real_frames(norm: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """Batch normalisation whose statistics leave the padding out.
+
+    Args:
+        norm: A one-dimensional batch norm over D channels.
+        x: Features, (B, D, T).
+        mask: Real frames, (B, T), or None if all are real.
+
+    Returns:
+        Normalised features, (B, D, T); in training, padding is zero.
+    """
+    if mask is None or not norm.training:
+        return norm(x)
+    frames = x.transpose(1, 2)  # (B, D, T) -> (B, T, D)
+    normalised = torch.zeros_like(frames)
+    normalised[mask] = norm(frames[mask]).to(normalised.dtype)
+    return normalised.transpose(1, 2)
+
+
+def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Sets padding to zero, so that a convolution sees at an utterance's end what it sees alone.
+
+    Args:
+        x: Features, (B, D, T).
+        mask: Real frames, (B, T), or None if all are real.
+
+    Returns:
+        Features, (B, D, T).
+    """
+    return x if mask is None else x * mask.unsqueeze(1)
+
+
+def token_accuracy(logits: Tensor, targets: Tensor, ignore_id: int) -> Tensor:
+    """Share of the target tokens that get the highest score.
+
+    Args:
+        logits: Scores, (B, U, V).
+        targets: Token ids, (B, U), padded with `ignore_id`.
+        ignore_id: Id of padding.
+
+    Returns:
+        Scalar in [0, 1].
+    """
+    real = targets != ignore_id
+    correct = (logits.argmax(dim=-1) == targets) & real
+    return correct.sum() / real.sum().clamp(min=1)

@@ -1,0 +1,1 @@
+"""Scorers of the beam search that are no networks."""

@@ -1,0 +1,1 @@
+"""Options and helpers of the entry scripts."""
