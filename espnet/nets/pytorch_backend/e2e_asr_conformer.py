@@ -139,7 +139,7 @@ class E2E(nn.Module):
             dropout_rate=dropout_rate,
         )
         self.ctc = CTC(odim=odim, encoder_dim=adim, dropout_rate=dropout_rate, ignore_id=ignore_id)
-        self.register_load_state_dict_pre_hook(_rename_single_frontend)
+        self.register_load_state_dict_pre_hook(_rename_on_load)
 
     def forward(
         self,
@@ -159,7 +159,21 @@ class E2E(nn.Module):
             The weighted loss, the CTC loss, the decoder's loss (means over the utterances) and
             the decoder's token accuracy.
         """
-        memory, memory_lengths = self.encode(x, lengths)
+        return self.losses(*self.encode(x, lengths), targets)
+
+    def losses(
+        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes the losses of an encoded batch.
+
+        Args:
+            memory: Encoder output, (B, T, D).
+            memory_lengths: Frames, (B,).
+            targets: Token ids, (B, U), padded with `ignore_id`.
+
+        Returns:
+            As `forward`.
+        """
         loss_ctc = self.ctc(memory, memory_lengths, targets)
         loss_att, accuracy = self._decoder_loss(memory, memory_lengths, targets)
         loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
@@ -296,15 +310,24 @@ def _fit_length(features: Tensor, length: int) -> Tensor:
     return F.pad(features, (0, 0, 0, length - features.size(1)))
 
 
-def _rename_single_frontend(
-    module: nn.Module,  # noqa: ARG001
-    state_dict: dict[str, Any],
-    prefix: str,
-    *_: Any,
-) -> None:
-    """Gives the one front-end of an auto_avsr state dict the name of its stream here."""
+def rename_single_frontend(state_dict: dict[str, Any], prefix: str = "") -> None:
+    """Gives the one front-end of an auto_avsr state dict the name of its stream here, in place.
+
+    Args:
+        state_dict: Weights by name.
+        prefix: What precedes the model's own names.
+    """
     old = f"{prefix}frontend."
     is_video = f"{old}frontend3D.0.weight" in state_dict
     new = f"{prefix}{'video' if is_video else 'audio'}_frontend."
     for key in [key for key in state_dict if key.startswith(old)]:
         state_dict[new + key.removeprefix(old)] = state_dict.pop(key)
+
+
+def _rename_on_load(
+    module: nn.Module,  # noqa: ARG001
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_: Any,
+) -> None:
+    rename_single_frontend(state_dict, prefix)

@@ -1,6 +1,7 @@
 """Padding masks, work on real frames only, and token accuracy."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -40,31 +41,59 @@ def batch_norm_real_frames(norm: nn.Module, x: Tensor, mask: Tensor | None) -> T
 
     Args:
         norm: A one-dimensional batch norm over D channels.
-        x: Features, (B, D, T).
+        x: Features, (B, T, D).
         mask: Real frames, (B, T), or None if all are real.
 
     Returns:
-        Normalised features, (B, D, T); in training, padding is zero.
+        Normalised features, (B, T, D); in training, padding is zero.
     """
     if mask is None or not norm.training:
-        return norm(x)
-    frames = x.transpose(1, 2)  # (B, D, T) -> (B, T, D)
-    normalised = torch.zeros_like(frames)
-    normalised[mask] = norm(frames[mask]).to(normalised.dtype)
-    return normalised.transpose(1, 2)
+        return norm(x.flatten(0, 1)).view(x.shape)  # (B, T, D) -> (B·T, D) -> (B, T, D)
+    frames = norm(x[mask])  # (N, D)
+    normalised = frames.new_zeros(x.shape)
+    normalised[mask] = frames
+    return normalised
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """Sets padding to zero, so that a convolution sees at an utterance's end what it sees alone.
 
     Args:
-        x: Features, (B, D, T).
+        x: Features, (B, T, D).
         mask: Real frames, (B, T), or None if all are real.
 
     Returns:
-        Features, (B, D, T).
+        Features, (B, T, D).
     """
-    return x if mask is None else x * mask.unsqueeze(1)
+    return x if mask is None else x * mask.unsqueeze(-1)
+
+
+def convolve(convolution: nn.Conv1d, x: Tensor) -> Tensor:
+    """Applies a one-dimensional convolution to features whose last axis is the channel.
+
+    As a two-dimensional one over an image of height 1 it keeps that order, which is faster on
+    CPUs (nearly twice for few channels) and what batch norm over frames wants. A kernel of one
+    step is a linear layer; oneDNN crashes on it with a stride and fewer than 16 channels.
+
+    Args:
+        convolution: Convolution from D to D' channels, in one group.
+        x: Features, (B, T, D).
+
+    Returns:
+        Features, (B, T', D').
+    """
+    if convolution.kernel_size == (1,):
+        x = x[:, :: convolution.stride[0]]
+        return F.linear(x, convolution.weight.squeeze(-1), convolution.bias)
+    image = x.transpose(1, 2).unsqueeze(2)  # (B, T, D) -> (B, D, 1, T)
+    convolved = F.conv2d(
+        image,
+        convolution.weight.unsqueeze(2),
+        convolution.bias,
+        stride=(1, *convolution.stride),
+        padding=(0, *convolution.padding),
+    )
+    return convolved.squeeze(2).transpose(1, 2)  # (B, D', 1, T') -> (B, T', D')
 
 
 def token_accuracy(logits: Tensor, targets: Tensor, ignore_id: int) -> Tensor:

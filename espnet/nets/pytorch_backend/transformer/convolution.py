@@ -3,7 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.nets_utils import batch_norm_real_frames, zero_padding
+from espnet.nets.pytorch_backend.nets_utils import (
+    batch_norm_real_frames,
+    convolve,
+    zero_padding,
+)
 
 
 class ConvolutionModule(nn.Module):
@@ -44,7 +48,7 @@ class ConvolutionModule(nn.Module):
         Returns:
             Features, (B, T, D).
         """
-        x = x.transpose(1, 2)  # (B, T, D) -> (B, D, T)
-        x = zero_padding(F.glu(self.pointwise_cov1(x), dim=1), mask)
-        x = F.silu(batch_norm_real_frames(self.norm, self.depthwise_conv(x), mask))
-        return self.pointwise_cov2(x).transpose(1, 2)  # (B, D, T) -> (B, T, D)
+        x = zero_padding(F.glu(convolve(self.pointwise_cov1, x), dim=-1), mask)
+        x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
+        x = F.silu(batch_norm_real_frames(self.norm, x, mask))
+        return convolve(self.pointwise_cov2, x)
