@@ -1,0 +1,1 @@
+"""From label lists and media files to batches."""

@@ -1,0 +1,190 @@
+"""Reads one utterance of a label list: its video, its audio and the token ids of its text."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset
+
+from datamodule.label_list import LabelList
+from datamodule.media import (
+    AUDIO_RATE,
+    SAMPLES_PER_FRAME,
+    VIDEO_RATE,
+    MediaError,
+    find_audio,
+    read_audio,
+    read_video,
+)
+from datamodule.transforms import AudioTransform, VideoTransform
+
+log = logging.getLogger(__name__)
+
+MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in length: 0.2 s
+
+
+class Vocabulary(Protocol):
+    """What translates between text and token ids."""
+
+    @property
+    def odim(self) -> int:
+        """Size of the vocabulary; ids of text lie within 1 and odim - 2."""
+
+    def tokenize(self, text: str) -> torch.Tensor:
+        """Turn text into ids, int64 (U,)."""
+
+    def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
+        """Turn ids into text."""
+
+
+class AVDataset(Dataset):
+    """The utterances of a label list.
+
+    What an item holds is a function of (seed, epoch, index) in training and of (seed, file name)
+    otherwise, whatever process reads it and in whatever order.
+
+    Args:
+        labels: The utterances.
+        text_transform: The model's vocabulary.
+        id_text_transform: Vocabulary of a list that holds token ids, if it is not the model's: the
+            ids are turned into text with it, and the text into ids with `text_transform`.
+        video_transform: Applied to the video; None leaves the video out.
+        audio_transform: Applied to the audio; None leaves the audio out.
+        training: Whether the random transforms differ from epoch to epoch.
+        seed: Seed of masks, crops and noise.
+        skip_bad_clips: Whether a clip that cannot be read is logged and gives None.
+
+    Raises:
+        ValueError: Both streams are left out.
+        ValueError: A token id of the list is outside its vocabulary.
+    """
+
+    def __init__(
+        self,
+        *,
+        labels: LabelList,
+        text_transform: Vocabulary,
+        id_text_transform: Vocabulary | None = None,
+        video_transform: VideoTransform | None = None,
+        audio_transform: AudioTransform | None = None,
+        training: bool = False,
+        seed: int = 0,
+        skip_bad_clips: bool = False,
+    ) -> None:
+        if video_transform is None and audio_transform is None:
+            raise ValueError("got no video_transform and no audio_transform, expected one or both")
+        self.labels = labels
+        self.text_transform = text_transform
+        self.id_text_transform = id_text_transform
+        self.video_transform = video_transform
+        self.audio_transform = audio_transform
+        self.training = training
+        self.seed = seed
+        self.skip_bad_clips = skip_bad_clips
+        if labels.holds_ids:
+            labels.check_token_ids(self._id_vocabulary.odim - 2)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | None:
+        """Read one utterance.
+
+        Args:
+            key: Index of the utterance, or (index, epoch).
+
+        Returns:
+            `video` float32 (T, 1, H, W) and `audio` float32 (S, 1), without the streams that are
+            left out, S = 640 T if there are both; `target` int64 (U,); `index`. None for a clip
+            that is skipped.
+
+        Raises:
+            MediaError: The clip cannot be read, or its audio and video differ by more than 0.2 s.
+            ValueError: The clip does not fit the transforms, or its text gives no token.
+        """
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        item = {"target": self.target(index), "index": index}
+        try:
+            item.update(self._read_streams(index, self._generator(index, epoch)))
+        except MediaError as error:
+            if not self.skip_bad_clips:
+                raise
+            log.warning("skipped a bad clip: %s", error)
+            return None
+        return item
+
+    def text(self, index: int) -> str:
+        """Return the reference text; token ids are turned back into text."""
+        if self.labels.holds_ids:
+            return self._id_vocabulary.post_process(self.labels.token_ids(index))
+        return self.labels.text(index)
+
+    def target(self, index: int) -> torch.Tensor:
+        """Return the token ids of the reference in the model's vocabulary, int64 (U,).
+
+        Raises:
+            ValueError: The text gives no token.
+        """
+        if self.labels.holds_ids and self.id_text_transform is None:
+            return torch.tensor(self.labels.token_ids(index), dtype=torch.int64)
+        target = self.text_transform.tokenize(self.text(index))
+        if len(target) == 0:
+            raise ValueError(
+                f"{self.labels.where(index)}: the text {self.labels.text(index)!r} gives no token, "
+                "expected words of the model's vocabulary"
+            )
+        return target
+
+    def utterance_id(self, index: int) -> str:
+        """Return `dataset/relative/path` without the suffix."""
+        return self.labels.utterance_id(index)
+
+    def path(self, index: int) -> str:
+        """Return the path of the video file."""
+        return self.labels.path(index)
+
+    @property
+    def _id_vocabulary(self) -> Vocabulary:
+        return self.id_text_transform or self.text_transform
+
+    def _generator(self, index: int, epoch: int) -> torch.Generator:
+        if self.training:
+            key = (self.seed, epoch, index)
+        else:
+            key = (self.seed, zlib.crc32(self.utterance_id(index).encode()))
+        state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
+
+    def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        path = self.path(index)
+        video = read_video(path) if self.video_transform else None  # (T, H, W)
+        audio = read_audio(find_audio(path)) if self.audio_transform else None  # (S,)
+        if video is not None and audio is not None:
+            audio = _fit_to_video(audio, len(video), path)
+        streams = {}
+        if audio is not None:
+            streams["audio"] = self.audio_transform(audio, generator, exclude=path)
+        if video is not None:
+            try:
+                streams["video"] = self.video_transform(video, generator)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return streams
+
+
+def _fit_to_video(audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:
+    """Cut audio (S,) or pad it with zeros to the length of the video: (640 T,)."""
+    missing = num_frames * SAMPLES_PER_FRAME - len(audio)
+    if abs(missing) > MAX_DRIFT:
+        raise MediaError(
+            path,
+            f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
+            f"{len(audio) / AUDIO_RATE:.2f} s, expected a difference of at most 0.2 s",
+        )
+    return F.pad(audio, (0, missing)) if missing else audio

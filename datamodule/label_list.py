@@ -1,0 +1,228 @@
+"""Reads label lists, of millions of rows too, into a few flat arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+
+CHUNK_BYTES = 4 << 20  # what is parsed at a time; bounds the memory of the intermediate arrays
+MAX_DIGITS = 9
+
+COMMA, NEWLINE, RETURN, ZERO, NINE = (ord(character) for character in ",\n\r09")
+IS_SPACE = np.isin(np.arange(256), [ord(character) for character in " \t\r\n"])
+IS_DIGIT = (np.arange(256) >= ZERO) & (np.arange(256) <= NINE)
+
+
+class LabelList:
+    """The rows `dataset,relative/path.mp4,number_of_frames,token ids or text` of one file.
+
+    The last field of all rows is of one kind. A list in which every row's last field consists of
+    whole numbers separated by spaces holds token ids; otherwise it holds plain text, in which the
+    odd row may be a number. A list of mostly numbers with some rows that are not is refused.
+
+    The file's bytes and the positions of the fields are kept instead of Python objects: processes
+    that are forked from this one share them.
+
+    Args:
+        root_dir: Folder that holds `labels/` and the datasets.
+        file: Path of the list, under `root_dir/labels/` unless absolute.
+
+    Attributes:
+        file: Path of the list.
+        num_frames: int32 (N,), number of video frames of each utterance.
+        holds_ids: Whether the last field holds token ids; plain text if not.
+
+    Raises:
+        ValueError: The file cannot be read.
+        ValueError: The file is empty.
+        ValueError: A row is malformed; the message names the file and the line.
+    """
+
+    def __init__(self, root_dir: str, file: str) -> None:
+        self.root_dir = root_dir
+        self.file = os.path.join(root_dir, "labels", file)
+        try:
+            with open(self.file, "rb") as stream:
+                self._data = stream.read()
+        except OSError as error:
+            raise ValueError(f"{self.file}: cannot read the label list: {error.strerror}") from None
+        parts = []
+        num_lines = 0
+        for begin, end in _chunks(self._data):
+            parts.append(self._parse(begin, end, num_lines))
+            num_lines += self._data.count(b"\n", begin, end)
+        if not any(len(part[0]) for part in parts):
+            raise ValueError(f"{self.file}: the label list is empty, expected one row an utterance")
+        bounds, self._lines, self.num_frames, is_text = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
+        self._bounds = bounds.astype(np.uint32 if len(self._data) < 1 << 32 else np.int64)
+        self.holds_ids = self._decide_kind(is_text)
+
+    def __len__(self) -> int:
+        return len(self.num_frames)
+
+    def where(self, index: int) -> str:
+        """Name the row in messages: file and line."""
+        return f"{self.file}, line {self._lines[index]}"
+
+    def utterance_id(self, index: int) -> str:
+        """Return `dataset/relative/path` without the suffix."""
+        start, first, second, _, _ = self._bounds[index]
+        dataset, relative = self._text(start, first), self._text(first + 1, second)
+        return os.path.splitext(os.path.join(dataset, relative))[0]
+
+    def path(self, index: int) -> str:
+        """Return the path of the utterance's video file."""
+        start, first, second, _, _ = self._bounds[index]
+        return os.path.join(self.root_dir, self._text(start, first), self._text(first + 1, second))
+
+    def text(self, index: int) -> str:
+        """Return the last field as it stands."""
+        _, _, _, third, end = self._bounds[index]
+        return self._text(third + 1, end).strip()
+
+    def token_ids(self, index: int) -> list[int]:
+        """Return the last field of a list that holds token ids."""
+        return [int(word) for word in self.text(index).split()]
+
+    def longer_than(self, max_frames: int) -> np.ndarray:
+        """Return the indices of the utterances with more than `max_frames` frames."""
+        return np.flatnonzero(self.num_frames > max_frames)
+
+    def check_token_ids(self, largest: int) -> None:
+        """Check that all token ids lie within 1 and `largest`.
+
+        Raises:
+            ValueError: One does not; the message names file, line and id.
+        """
+        rows_per_chunk = max(1, CHUNK_BYTES * len(self) // len(self._data))
+        for begin in range(0, len(self), rows_per_chunk):
+            bounds = self._bounds[begin : begin + rows_per_chunk].astype(np.int64)
+            offset = bounds[0, 0]
+            chunk = np.frombuffer(self._data, np.uint8, bounds[-1, 4] - offset, offset)
+            edges = np.zeros(len(chunk) + 1, np.int8)  # +1 where a last field begins, -1 after it
+            edges[bounds[:, 3] + 1 - offset] += 1
+            edges[bounds[:, 4] - offset] -= 1
+            in_word = IS_DIGIT[chunk] & np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
+            changes = np.flatnonzero(np.diff(in_word, prepend=False, append=False))
+            starts, ends = changes[::2], changes[1::2]
+            ids = _numbers(chunk, starts, ends)
+            wrong = np.flatnonzero((ids < 1) | (ids > largest))
+            if len(wrong):
+                start, end = starts[wrong[0]] + offset, ends[wrong[0]] + offset
+                row = begin + np.searchsorted(bounds[:, 0], start, side="right") - 1
+                raise ValueError(
+                    f"{self.where(row)}: token id {self._text(start, end)} is outside the "
+                    f"vocabulary, expected 1 to {largest}; was the list made with another one?"
+                )
+
+    def _text(self, start: int, end: int) -> str:
+        return self._data[start:end].decode()
+
+    def _parse(
+        self, begin: int, end: int, num_lines: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Parse whole lines.
+
+        Args:
+            begin: First byte of the lines.
+            end: First byte after the lines.
+            num_lines: How many lines there are before them.
+
+        Returns:
+            For each row that is not blank: its start, its first three commas and its end (N, 5);
+            its line number (N,); its number of frames (N,); whether its last field is text (N,).
+        """
+        self._check_encoding(begin, end, num_lines)
+        chunk = np.frombuffer(self._data, np.uint8, end - begin, begin)
+        ends = np.flatnonzero(chunk == NEWLINE)
+        if chunk[-1] != NEWLINE:
+            ends = np.append(ends, len(chunk))
+        starts = np.append(0, ends[:-1] + 1)
+        lines = np.arange(num_lines + 1, num_lines + len(ends) + 1, dtype=np.int32)
+        solid = _running_count(~IS_SPACE[chunk])
+        filled = solid[ends] > solid[starts]
+        starts, ends, lines = starts[filled], ends[filled], lines[filled]
+
+        commas = np.append(np.flatnonzero(chunk == COMMA), [len(chunk)] * 3)
+        commas = commas[np.searchsorted(commas, starts)[:, None] + np.arange(3)]  # (N, 3)
+        self._refuse(commas[:, 2] >= ends, begin, starts, ends, lines)
+        num_frames = _numbers(chunk, commas[:, 1] + 1, commas[:, 2])
+        malformed = (num_frames < 1) | (commas[:, 1] == commas[:, 0] + 1)
+        num_solid = solid[ends] - solid[commas[:, 2] + 1]
+        malformed |= num_solid == 0
+        self._refuse(malformed, begin, starts, ends, lines)
+
+        digits = _running_count(IS_DIGIT[chunk])
+        is_text = digits[ends] - digits[commas[:, 2] + 1] < num_solid
+        bounds = np.column_stack([starts, commas, ends]) + begin
+        return bounds, lines, num_frames.astype(np.int32), is_text
+
+    def _refuse(
+        self,
+        malformed: np.ndarray,
+        begin: int,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        lines: np.ndarray,
+    ) -> None:
+        if malformed.any():
+            row = np.argmax(malformed)
+            got = _shorten(self._text(starts[row] + begin, ends[row] + begin))
+            raise ValueError(
+                f"{self.file}, line {lines[row]}: got {got}, expected "
+                "'dataset,relative/path.mp4,number_of_frames,token ids or text'"
+            )
+
+    def _check_encoding(self, begin: int, end: int, num_lines: int) -> None:
+        try:
+            self._data[begin:end].decode()
+        except UnicodeDecodeError as error:
+            line = num_lines + 1 + self._data.count(b"\n", begin, begin + error.start)
+            raise ValueError(f"{self.file}, line {line}: not UTF-8 text") from None
+
+    def _decide_kind(self, is_text: np.ndarray) -> bool:
+        num_text = int(np.count_nonzero(is_text))
+        if 0 < num_text < len(self) / 2:
+            index = int(np.argmax(is_text))
+            raise ValueError(
+                f"{self.where(index)}: got {_shorten(self.text(index))}, expected token ids "
+                "separated by spaces like in most rows of this list"
+            )
+        return num_text == 0
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
+    """Cut a text into ranges of whole lines of about `CHUNK_BYTES`."""
+    begin = len(b"\xef\xbb\xbf") if data.startswith(b"\xef\xbb\xbf") else 0  # byte order mark
+    while begin < len(data):
+        end = data.find(b"\n", begin + CHUNK_BYTES) + 1 or len(data)
+        yield begin, end
+        begin = end
+
+
+def _running_count(flags: np.ndarray) -> np.ndarray:
+    """Count the flags that are set before each position: (N,) -> int32 (N + 1,)."""
+    counts = np.zeros(len(flags) + 1, np.int32)
+    np.cumsum(flags, dtype=np.int32, out=counts[1:])
+    return counts
+
+
+def _numbers(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Read the decimal numbers in the ranges [start, end): int64 (N,), -1 where it is not one."""
+    sizes = ends - starts
+    values = np.where((sizes > 0) & (sizes <= MAX_DIGITS), 0, -1)
+    for place in range(min(MAX_DIGITS, int(sizes.max(initial=0)))):
+        active = (place < sizes) & (values >= 0)
+        characters = text[starts[active] + place]
+        digits = characters.astype(np.int64) - ZERO
+        values[active] = np.where(IS_DIGIT[characters], values[active] * 10 + digits, -1)
+    return values
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -1,0 +1,135 @@
+"""Pads utterances to batches and loads them, in worker processes or in this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IGNORE_ID = -1
+STREAMS = ("video", "audio")
+
+Item = dict[str, Any]
+
+
+def collate_pad(items: list[Item | None]) -> dict[str, Any]:
+    """Pad utterances to a batch.
+
+    Args:
+        items: What `AVDataset` gives; None stands for a bad clip.
+
+    Returns:
+        `videos` float32 (B, T, 1, H, W) and `audios` float32 (B, S, 1), padded with zeros, with
+        `video_lengths` in frames and `audio_lengths` in samples (B,), those streams that the items
+        have; `targets` int64 (B, U) padded with -1 and `target_lengths` (B,); `indices` (B,), the
+        utterances' places in their list; `num_bad_clips`, an int, how many are missing. If all are
+        bad there is only an empty `indices` (0,) and `num_bad_clips`.
+    """
+    clips = [item for item in items if item is not None]
+    batch: dict[str, Any] = {
+        "indices": torch.tensor([clip["index"] for clip in clips], dtype=torch.int64),
+        "num_bad_clips": len(items) - len(clips),
+    }
+    if not clips:
+        return batch
+    for name in (*(stream for stream in STREAMS if stream in clips[0]), "target"):
+        sequences = [clip[name] for clip in clips]
+        padding = IGNORE_ID if name == "target" else 0
+        batch[f"{name}s"] = pad_sequence(sequences, batch_first=True, padding_value=padding)
+        batch[f"{name}_lengths"] = torch.tensor([len(sequence) for sequence in sequences])
+    return batch
+
+
+class ClipLoader(DataLoader):
+    """Loads batches, and raises errors in the data here, in one line, not as a worker's traceback.
+
+    An iterator starts its workers with the first batch that is asked for, so an epoch announced
+    before that counts.
+
+    Args:
+        dataset: Utterances.
+        batch_sampler: Keys of the utterances of each batch.
+        num_workers: Number of worker processes; 0 loads in this process.
+        persistent_workers: Whether workers outlive an epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_sampler: Sampler,
+        num_workers: int = 0,
+        persistent_workers: bool = False,
+    ) -> None:
+        super().__init__(
+            _ErrorsAsItems(dataset),
+            batch_sampler=batch_sampler,
+            num_workers=num_workers,
+            persistent_workers=persistent_workers and num_workers > 0,
+            collate_fn=_collate_or_error,
+            worker_init_fn=_use_one_thread,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in super().__iter__():
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+
+
+class ResumableLoader(ClipLoader):
+    """Loads training batches; its state lets a run go on in the middle of an epoch.
+
+    The batch sampler has `set_epoch(epoch, start_batch)` and `epoch`.
+    """
+
+    _given = 0  # batches of the current epoch that have been handed out
+    _resume = (-1, 0)  # an epoch that was cut short, and its number of batches until then
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        epoch = self.batch_sampler.epoch
+        self._given = self._resume[1] if self._resume[0] == epoch else 0
+        self._resume = (-1, 0)
+        self.batch_sampler.set_epoch(epoch, start_batch=self._given)
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and how many of its batches have been handed out."""
+        return {"epoch": self.batch_sampler.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where the state was taken, once that epoch is announced."""
+        self._resume = (state["epoch"], state["batches"])
+
+
+class _ErrorsAsItems(Dataset):
+    """A dataset that returns the ValueError of an item instead of raising it."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Item | ValueError | None:
+        try:
+            return self._dataset[key]
+        except ValueError as error:
+            return error
+
+
+def _collate_or_error(items: list[Item | ValueError | None]) -> dict[str, Any] | ValueError:
+    for item in items:
+        if isinstance(item, ValueError):
+            return item
+    return collate_pad(items)
+
+
+def _use_one_thread(_: int) -> None:
+    torch.set_num_threads(1)

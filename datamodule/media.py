@@ -1,0 +1,242 @@
+"""Decodes video to grey frames and audio to mono samples, and writes both."""
+
+from __future__ import annotations
+
+import os
+import wave
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, VideoReformatter
+
+if TYPE_CHECKING:
+    import torch
+
+VIDEO_RATE = 25  # frames per second
+AUDIO_RATE = 16000  # samples per second
+SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE
+
+# Formats whose first plane is 8-bit luma, and matrices whose luma is ITU-R 601's sum of red, green
+# and blue (2: not stated, taken as 601). With both, the grey picture is the luma plane itself.
+LUMA_FORMATS = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "gray"}
+LUMA_601_COLORSPACES = {2, 5, 6}
+LUMA_601_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+# Studio range 16..235 to 0..255. Rounded down, which keeps the mean within a level of FFmpeg's RGB:
+# its conversion to RGB rounds down as well.
+FULL_RANGE = (np.clip(np.arange(256) - 16, 0, 219) * 255 // 219).astype(np.uint8)
+
+
+class MediaError(ValueError):
+    """A media file that cannot be used; the message is one line with the file and the cause."""
+
+    def __init__(self, path: str | os.PathLike[str], cause: str) -> None:
+        super().__init__(os.fspath(path), " ".join(cause.split()))
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+def find_audio(video_path: str) -> str:
+    """Name the file that holds a clip's audio: the .wav beside it, or else the video itself."""
+    wav_path = os.path.splitext(video_path)[0] + ".wav"
+    return wav_path if os.path.exists(wav_path) else video_path
+
+
+def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Decode the first video stream of a file to grey frames at 25 per second.
+
+    Args:
+        path: A file of any container and codec that FFmpeg knows.
+
+    Returns:
+        uint8 (T, H, W), 0 black to 255 white. At another rate than 25 fps each output frame is the
+        source frame nearest in time.
+
+    Raises:
+        MediaError: The file is missing or unreadable, or has no video stream or no frame.
+    """
+    import torch
+
+    frames, times = [], []  # grey pictures, and when each is shown in seconds
+    reformatter = VideoReformatter()
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.video:
+                raise MediaError(path, "no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            rate = float(stream.average_rate or VIDEO_RATE)
+            for frame in container.decode(stream):
+                frames.append(_grey(frame, reformatter))
+                times.append(len(times) / rate if frame.time is None else frame.time)
+    except (av.error.FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+    if not frames:
+        raise MediaError(path, "the video stream holds no frame")
+    if any(frame.shape != frames[0].shape for frame in frames):
+        raise MediaError(path, "the frame size changes within the video")
+    chosen = _nearest_frames(np.array(times), last_duration=1 / rate)
+    return torch.from_numpy(np.stack([frames[index] for index in chosen]))  # (T, H, W)
+
+
+def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
+    """Decode the first audio stream of a file to mono at 16 kHz; several channels are averaged.
+
+    Args:
+        path: An audio file, or a video file with a sound track.
+
+    Returns:
+        float32 (S,) in [-1, 1].
+
+    Raises:
+        MediaError: The file is missing or unreadable, has no audio stream or no sample, or a
+            sample is not finite.
+    """
+    import torch
+
+    samples = _read_plain_wav(path)
+    if samples is None:
+        samples = _decode_audio(path)
+    if len(samples) == 0:
+        raise MediaError(path, "the audio stream holds no sample")
+    if not np.isfinite(samples).all():
+        raise MediaError(path, "the audio holds samples that are not finite")
+    return torch.from_numpy(np.clip(samples, -1.0, 1.0, out=samples))
+
+
+def write_video(
+    path: str | os.PathLike[str], frames: np.ndarray, *, fps: int = VIDEO_RATE, crf: int = 20
+) -> None:
+    """Write frames as H.264 (yuv420p) in mp4, encoded on one thread.
+
+    Args:
+        path: The file to write.
+        frames: uint8 (T, H, W, 3) red, green, blue or (T, H, W) grey; H and W even.
+        fps: Frames per second.
+        crf: Quality of x264, 0 lossless to 51 worst.
+
+    Raises:
+        MediaError: The frames have another type or shape, or the file cannot be written.
+    """
+    if frames.dtype != np.uint8 or frames.ndim not in (3, 4) or frames.shape[3:] not in ((), (3,)):
+        got = f"{frames.dtype} {tuple(frames.shape)}"
+        raise MediaError(path, f"got frames {got}, expected uint8 (T, H, W, 3) or (T, H, W)")
+    if 0 in frames.shape or frames.shape[1] % 2 or frames.shape[2] % 2:
+        raise MediaError(path, f"got frames {tuple(frames.shape)}, expected T > 0 and even H, W")
+    if frames.ndim == 3:
+        frames = np.repeat(frames[..., None], 3, axis=3)  # (T, H, W) -> (T, H, W, 3)
+    reformatter = VideoReformatter()
+    try:
+        with av.open(os.fspath(path), "w", format="mp4") as container:
+            stream = container.add_stream(
+                "libx264", rate=fps, options={"preset": "veryfast", "crf": str(crf)}
+            )
+            stream.height, stream.width = frames.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.thread_count = 1
+            for index, image in enumerate(frames):
+                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+                frame = reformatter.reformat(frame, format="yuv420p", threads=1)
+                frame.pts, frame.time_base = index, Fraction(1, fps)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(path, f"cannot write ({error})") from error
+
+
+def write_audio(
+    path: str | os.PathLike[str], samples: np.ndarray, *, rate: int = AUDIO_RATE
+) -> None:
+    """Write mono samples as 16-bit PCM wav; equal samples give equal bytes.
+
+    Args:
+        path: The file to write.
+        samples: Float (S,) in [-1, 1]; what lies outside is clipped.
+        rate: Samples per second.
+
+    Raises:
+        MediaError: The samples have another shape or are not finite, or the file cannot be written.
+    """
+    if samples.ndim != 1 or not np.isfinite(samples).all():
+        raise MediaError(path, f"got samples {tuple(samples.shape)}, expected finite values (S,)")
+    pcm = np.clip(np.rint(samples * 32768.0), -32768, 32767).astype("<i2")
+    try:
+        with open(path, "wb") as raw, wave.open(raw, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(pcm.tobytes())
+    except OSError as error:
+        raise MediaError(path, f"cannot write ({error})") from error
+
+
+def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
+    """Read 16-bit mono wav at 16 kHz without FFmpeg, a hundred times faster; None if it is not."""
+    try:
+        with wave.open(os.fspath(path), "rb") as file:
+            if file.getparams()[:3] != (1, 2, AUDIO_RATE):
+                return None
+            pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    except (OSError, EOFError, wave.Error, ValueError):
+        return None  # another format, or a broken file: FFmpeg decides
+    return pcm.astype(np.float32) / 32768.0
+
+
+def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
+    """Decode with FFmpeg to mono at 16 kHz: float32 (S,)."""
+    chunks = []
+    try:
+        with av.open(os.fspath(path)) as container:
+            if not container.streams.audio:
+                raise MediaError(path, "no audio stream")
+            stream = container.streams.audio[0]
+            stream.codec_context.thread_count = 1
+            resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
+            for frame in container.decode(stream):
+                chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
+            if chunks:
+                chunks.extend(part.to_ndarray() for part in resampler.resample(None))
+    except (av.error.FFmpegError, OSError) as error:
+        raise _unreadable(path, error) from error
+    if not chunks:
+        return np.zeros(0, np.float32)
+    return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
+
+
+def _grey(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """Turn a decoded frame into grey levels, full range, with the weights of ITU-R 601: (H, W)."""
+    name = frame.format.name
+    if name in LUMA_FORMATS and int(frame.colorspace) in LUMA_601_COLORSPACES:
+        plane = frame.planes[0]
+        rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+        luma = rows[: frame.height, : frame.width]
+        full_range = name == "gray" or "yuvj" in name or frame.color_range == ColorRange.JPEG
+        return luma if full_range else FULL_RANGE[luma]
+    image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
+    return np.rint(image @ LUMA_601_WEIGHTS).astype(np.uint8)
+
+
+def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
+    """Choose the frame nearest to each tick of the 25 fps clock.
+
+    Args:
+        times: Time stamps in seconds, ascending (T_in,).
+        last_duration: How long the last frame is shown, in seconds.
+
+    Returns:
+        Indices into the frames (T,), as many as ticks fit into the duration, at least one.
+    """
+    times = times - times[0]
+    num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))
+    ticks = np.arange(num_frames) / VIDEO_RATE
+    return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> MediaError:
+    if not os.path.exists(path):
+        return MediaError(path, "no such file")
+    if os.path.isfile(path) and os.path.getsize(path) == 0:
+        return MediaError(path, "the file is empty")
+    return MediaError(path, f"cannot be decoded ({getattr(error, 'strerror', None) or error})")

@@ -1,0 +1,158 @@
+"""Sources of noise, and mixing of speech with noise at a given signal-to-noise ratio."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from datamodule.label_list import LabelList
+from datamodule.media import MediaError, find_audio, read_audio
+
+log = logging.getLogger(__name__)
+
+SILENCE = 1e-10  # norm of a silent signal at most; far below one 24-bit step
+
+
+class NoiseSource(Protocol):
+    """What gives noise of any length."""
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        generator: torch.Generator | None = None,
+        exclude: str | None = None,
+    ) -> torch.Tensor:
+        """Draw noise, float32 (num_samples,), which does not come from the clip `exclude`."""
+        ...
+
+
+class FileNoise:
+    """Stretches of noise files, which are read once.
+
+    Args:
+        paths: One or several audio files; each is drawn equally often.
+
+    Raises:
+        MediaError: A file cannot be read.
+    """
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self._noises = [read_audio(path) for path in paths]
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        generator: torch.Generator | None = None,
+        exclude: str | None = None,  # noqa: ARG002 (noise files hold no utterance)
+    ) -> torch.Tensor:
+        """Draw a stretch, float32 (num_samples,), of a noise, begun anew where it ends."""
+        noise = self._noises[_draw_int(len(self._noises), generator)]
+        return _draw_stretch(noise, num_samples, generator)
+
+
+class BabbleNoise:
+    """Babble: several utterances of a list at once, each equally loud, never the one they disturb.
+
+    They are drawn from a bank of a few utterances, which each process decodes when first needed.
+
+    Args:
+        labels: The list that the utterances come from.
+        seed: Seed of the choice of the bank.
+        bank_size: Number of utterances in the bank.
+        num_voices: Number of utterances that speak at once.
+        skip_bad_clips: Whether a clip that cannot be read is logged and left out.
+    """
+
+    def __init__(
+        self,
+        labels: LabelList,
+        *,
+        seed: int,
+        bank_size: int = 64,
+        num_voices: int = 8,
+        skip_bad_clips: bool = False,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        rows = rng.choice(len(labels), min(bank_size, len(labels)), replace=False)
+        self._paths = [labels.path(index) for index in rows]
+        self._voices: dict[str, torch.Tensor] = {}
+        self._num_voices = num_voices
+        self._skip_bad_clips = skip_bad_clips
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        generator: torch.Generator | None = None,
+        exclude: str | None = None,
+    ) -> torch.Tensor:
+        """Draw babble, float32 (num_samples,), without the clip `exclude`.
+
+        It is silent if the bank holds no other clip.
+
+        Raises:
+            MediaError: A clip of the bank cannot be read and is not to be skipped.
+        """
+        babble = torch.zeros(num_samples)
+        order = torch.randperm(len(self._paths), generator=generator).tolist()
+        others = [self._paths[index] for index in order if self._paths[index] != exclude]
+        for path in others[: self._num_voices]:
+            voice = self._voice(path)
+            if len(voice) > 0:
+                babble += _draw_stretch(voice, num_samples, generator)
+        return babble
+
+    def _voice(self, path: str) -> torch.Tensor:
+        """Return a clip at unit loudness, float32 (S,), empty if it is silent or skipped."""
+        if path not in self._voices:
+            try:
+                samples = read_audio(find_audio(path))
+            except MediaError as error:
+                if not self._skip_bad_clips:
+                    raise
+                log.warning("left a bad clip out of the babble: %s", error)
+                samples = torch.zeros(0)
+            loudness = samples.square().mean().sqrt()
+            self._voices[path] = samples / loudness if loudness > 0 else torch.zeros(0)
+        return self._voices[path]
+
+
+def add_noise(speech: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:
+    """Mix so that the energies of speech and noise over the utterance have the given ratio.
+
+    Args:
+        speech: float32 (S,).
+        noise: float32 (S,).
+        snr_db: Signal-to-noise ratio in dB; 0 means equal energies.
+
+    Returns:
+        float32 (S,); the speech itself if speech or noise is silent.
+    """
+    speech_level = float(torch.linalg.vector_norm(speech, dtype=torch.float64))
+    noise_level = float(torch.linalg.vector_norm(noise, dtype=torch.float64))
+    if min(speech_level, noise_level) <= SILENCE:
+        return speech
+    gain = speech_level / noise_level * 10 ** (-snr_db / 20)
+    return torch.add(speech, noise, alpha=gain)
+
+
+def _draw_stretch(
+    noise: torch.Tensor, num_samples: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """Cut `num_samples` out of a noise at a random place; a shorter noise is repeated."""
+    if len(noise) >= num_samples:
+        start = _draw_int(len(noise) - num_samples + 1, generator)
+        return noise[start : start + num_samples]
+    start = _draw_int(len(noise), generator)
+    repeats = (start + num_samples) // len(noise) + 1
+    return noise.repeat(repeats)[start : start + num_samples]
+
+
+def _draw_int(limit: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(limit, (), generator=generator))

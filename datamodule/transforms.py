@@ -1,0 +1,173 @@
+"""Turns decoded video and audio into what the streams take, with augmentation in training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from datamodule.media import AUDIO_RATE, VIDEO_RATE
+from datamodule.noise import NoiseSource, add_noise
+
+VIDEO_MEAN = 0.421
+VIDEO_STD = 0.165
+MASK_SECONDS = 0.4  # longest time mask in each second
+TRAINING_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None: clean
+CLEAN_SNR = 999999  # dB; from here on an SNR means clean
+LAYER_NORM_EPS = 1e-8
+
+SUBSETS = ("train", "val", "test")
+
+
+class VideoTransform:
+    """Crops, masks (in training) and normalises a clip.
+
+    In training the crop is drawn once for the clip, and up to 0.4 s in every second are masked;
+    otherwise the crop is the centre.
+
+    Args:
+        subset: "train", "val" or "test".
+        crop_size: Height and width of the crop in pixels.
+
+    Raises:
+        ValueError: The subset is not one of these.
+    """
+
+    def __init__(self, *, subset: str, crop_size: int = 88) -> None:
+        self.training = _is_training(subset)
+        self.crop_size = crop_size
+
+    def __call__(
+        self, frames: torch.Tensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Transform one clip.
+
+        Args:
+            frames: uint8 (T, H, W).
+            generator: Source of the random crop and masks; None is torch's global one.
+
+        Returns:
+            float32 (T, 1, crop, crop).
+
+        Raises:
+            ValueError: The frames are smaller than the crop.
+        """
+        height, width = frames.shape[1:]
+        size = self.crop_size
+        if height < size or width < size:
+            raise ValueError(
+                f"got frames of {height}x{width} pixels, expected at least the crop size of "
+                f"{size}x{size}; choose a smaller --crop-size"
+            )
+        if self.training:
+            top = _draw_int(height - size, generator)
+            left = _draw_int(width - size, generator)
+        else:
+            top, left = (height - size) // 2, (width - size) // 2
+        crop = frames[:, top : top + size, left : left + size]
+        video = crop.float().mul_(1 / (255 * VIDEO_STD)).sub_(VIDEO_MEAN / VIDEO_STD)
+        if self.training:
+            masked = draw_time_mask(len(frames), rate=VIDEO_RATE, generator=generator)
+            video[masked] = -VIDEO_MEAN / VIDEO_STD  # black
+        return video.unsqueeze(1)  # (T, H, W) -> (T, 1, H, W)
+
+
+class AudioTransform:
+    """Masks (in training), mixes with noise and normalises an utterance.
+
+    Args:
+        subset: "train", "val" or "test".
+        noise: Where noise comes from; None leaves the speech clean.
+        snr_target: Signal-to-noise ratio in dB, 999999 or more for clean. None: drawn from -5, 0,
+            5, 10, 15, 20 dB and clean in training, clean otherwise.
+        normalize: Whether to layer-normalise over the utterance.
+
+    Raises:
+        ValueError: The subset is unknown.
+        ValueError: `snr_target` calls for noise and there is no `noise`.
+    """
+
+    def __init__(
+        self,
+        *,
+        subset: str,
+        noise: NoiseSource | None = None,
+        snr_target: float | None = None,
+        normalize: bool = True,
+    ) -> None:
+        self.training = _is_training(subset)
+        self.noise = noise
+        self.normalize = normalize
+        if snr_target is not None:
+            self.snrs = (snr_target if needs_noise(snr_target) else None,)
+        else:
+            self.snrs = TRAINING_SNRS if self.training and noise is not None else (None,)
+        if noise is None and self.snrs != (None,):
+            raise ValueError(f"got an SNR of {snr_target} dB without noise, expected a noise file")
+
+    def __call__(
+        self,
+        samples: torch.Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        exclude: str | None = None,
+    ) -> torch.Tensor:
+        """Transform one utterance.
+
+        Args:
+            samples: float32 (S,) in [-1, 1]; left as they are.
+            generator: Source of the random masks and noise; None is torch's global one.
+            exclude: Path of the utterance, which babble must not contain.
+
+        Returns:
+            float32 (S, 1).
+        """
+        if self.training:
+            masked = draw_time_mask(len(samples), rate=AUDIO_RATE, generator=generator)
+            samples = samples.masked_fill(masked, 0.0)
+        snr = self.snrs[_draw_int(len(self.snrs) - 1, generator)]
+        if snr is not None:
+            noise = self.noise.sample(len(samples), generator=generator, exclude=exclude)
+            samples = add_noise(samples, noise, snr)
+        if self.normalize:
+            samples = F.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)
+        return samples.unsqueeze(1)  # (S,) -> (S, 1)
+
+
+def needs_noise(snr_target: float | None) -> bool:
+    """Whether a test SNR in dB means that noise is added: it is neither None nor "clean"."""
+    return snr_target is not None and snr_target < CLEAN_SNR
+
+
+def draw_time_mask(
+    length: int, *, rate: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Draw one mask for each second: up to 0.4 s (or two fifths of a last, shorter second).
+
+    Args:
+        length: Number of frames or samples, at least 1.
+        rate: Frames or samples per second.
+        generator: Source of lengths and places; None is torch's global one.
+
+    Returns:
+        bool (length,), True where masked.
+    """
+    num_seconds = -(-length // rate)
+    spans = torch.full((num_seconds,), rate)
+    spans[-1] = length - rate * (num_seconds - 1)
+    longest = (spans * MASK_SECONDS).long()
+    draws = torch.rand(2, num_seconds, generator=generator)
+    sizes = (draws[0] * (longest + 1)).long()
+    starts = (draws[1] * (spans - sizes + 1)).long()
+    clock = torch.arange(rate)
+    masked = (clock >= starts[:, None]) & (clock < (starts + sizes)[:, None])  # (seconds, rate)
+    return masked.flatten()[:length]
+
+
+def _draw_int(largest: int, generator: torch.Generator | None) -> int:
+    return int(torch.randint(largest + 1, (), generator=generator))
+
+
+def _is_training(subset: str) -> bool:
+    if subset not in SUBSETS:
+        raise ValueError(f"got subset {subset!r}, expected one of {', '.join(SUBSETS)}")
+    return subset == "train"

@@ -1,0 +1,274 @@
+"""Tests of datamodule/data_module.py."""
+
+import logging
+import multiprocessing
+import types
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from media_files import make_speech
+
+from datamodule.data_module import DataModule
+from datamodule.media import MediaError, write_audio
+from datamodule.noise import BabbleNoise, FileNoise
+
+
+@pytest.fixture
+def make(corpus, text_transform):
+    def make_data_module(**kwargs):
+        kwargs = {
+            "root_dir": str(corpus.root),
+            "streams": ("video", "audio"),
+            "text_transform": text_transform,
+            "train_file": "ids.csv",
+            "val_file": "ids.csv",
+            "test_file": "text.csv",
+            "max_frames": 80,
+            "crop_size": 24,
+            **kwargs,
+        }
+        return DataModule(**kwargs)
+
+    return make_data_module
+
+
+def indices_of(loader):
+    return [index for batch in loader for index in batch["indices"].tolist()]
+
+
+class Recorder(pl.LightningModule):
+    """Keeps the batches that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+        self.validated = []
+
+    def training_step(self, batch):
+        self.seen.append((self.current_epoch, batch["indices"].tolist(), batch["audios"].sum()))
+        return self.weight * 0
+
+    def validation_step(self, batch):
+        self.validated.extend(batch["indices"].tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Stop(pl.Callback):
+    """Stops after a number of steps and saves a checkpoint."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+            raise KeyboardInterrupt
+
+
+def fit(data, *, ckpt_path=None, callbacks=(), **kwargs):
+    model = Recorder()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=list(callbacks),
+        **{"max_epochs": 3, "num_sanity_val_steps": 0, **kwargs},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trainer.fit(model, data, ckpt_path=ckpt_path, weights_only=True)
+        except (KeyboardInterrupt, SystemExit):
+            if not callbacks:
+                raise
+    return model
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_fit_loaders(make, corpus, num_workers):
+    data = make(num_workers=num_workers, max_frames=72)
+    data.setup("fit")
+    for epoch in range(2):
+        loader = data.train_dataloader()
+        loader.batch_sampler.set_epoch(epoch)
+        assert sorted(indices_of(loader)) == [0, 1, 2, 3, 4]
+    batches = list(data.val_dataloader())
+    assert [batch["indices"].tolist() for batch in batches] == [[4, 3], [2, 1], [0]]
+    assert batches[0]["video_lengths"].tolist() == [36, 32]
+    assert batches[0]["videos"].shape == (2, 36, 1, 24, 24)
+    assert batches[0]["audio_lengths"].tolist() == [36 * 640, 32 * 640]
+    assert data.train_dataset.text(0) == corpus.texts[0]
+
+
+def test_each_epoch_is_announced_and_redrawn(make):
+    seen = fit(make()).seen
+    assert [epoch for epoch, _, _ in seen] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for epoch in range(3):
+        indices = [index for number, batch, _ in seen if number == epoch for index in batch]
+        assert sorted(indices) == [0, 1, 2, 3, 4]
+    assert len({str([batch[1] for batch in seen[at : at + 3]]) for at in (0, 3, 6)}) == 3
+    assert len({float(total) for _, _, total in seen}) == 9
+
+
+def test_validation_sees_every_utterance_once_an_epoch(make):
+    assert sorted(fit(make(), max_epochs=2).validated) == sorted([0, 1, 2, 3, 4] * 2)
+
+
+def test_no_validation_list(make):
+    assert fit(make(val_file=None)).validated == []
+
+
+@pytest.mark.parametrize(("step", "num_workers"), [(1, 0), (2, 1), (3, 0), (4, 0)])
+def test_resume_gives_the_batches_of_an_uninterrupted_run(make, tmp_path, step, num_workers):
+    path = str(tmp_path / "stop.ckpt")
+    whole = fit(make(num_workers=num_workers)).seen
+    part = fit(make(num_workers=num_workers), callbacks=[Stop(step, path)]).seen
+    rest = fit(make(num_workers=num_workers), ckpt_path=path).seen
+    assert len(part) == step
+    assert str(part + rest) == str(whole)
+
+
+def test_overfitting_repeats_the_batches_of_one_epoch(make):
+    seen = fit(make(), overfit_batches=1).seen
+    assert len(seen) == 3
+    assert len({str(entry[1:]) for entry in seen}) == 1
+
+
+def test_processes_share_the_utterances(make):
+    parts, validated = [], []
+    for rank in range(2):
+        data = make()
+        data.setup("fit")
+        data.trainer = types.SimpleNamespace(global_rank=rank, world_size=2, overfit_batches=0)
+        parts.append([batch["indices"].tolist() for batch in data.train_dataloader()])
+        validated += indices_of(data.val_dataloader())
+    assert len(parts[0]) == len(parts[1])
+    assert sorted(sum(parts[0] + parts[1], [])) == [0, 1, 2, 3, 4]
+    assert sorted(validated) == [0, 1, 2, 3, 4]
+
+
+def test_test_loaders_of_several_snrs(make, tmp_path):
+    write_audio(tmp_path / "noise.wav", make_speech(3000, seed=9))
+    noise_files = [str(tmp_path / "noise.wav")]
+
+    def load(snr_target, seed=0):
+        data = make(
+            noise_files=noise_files, snr_targets=(999999, 10, 0), seed=seed, audio_normalize=False
+        )
+        data.setup("test")
+        return torch.cat([b["audios"].flatten() for b in data.test_dataloader(snr_target)])
+
+    clean = load(None)
+    assert torch.equal(clean, load(999999))
+    assert torch.equal(load(0), load(0))
+    assert not torch.equal(load(0), load(0, seed=1))
+    ratio = clean.square().sum() / (load(10) - clean).square().sum()
+    assert 10 * torch.log10(ratio).item() == pytest.approx(10, abs=0.01)
+    ratio = clean.square().sum() / (load(0) - clean).square().sum()
+    assert 10 * torch.log10(ratio).item() == pytest.approx(0, abs=0.01)
+
+
+def test_noise_sources(make, tmp_path):
+    data = make()
+    data.setup("fit")
+    noise = data.train_dataset.audio_transform.noise
+    assert isinstance(noise, BabbleNoise)
+    assert data.val_dataset.audio_transform.noise is None
+    write_audio(tmp_path / "noise.wav", make_speech(100))
+    data = make(noise_files=[str(tmp_path / "noise.wav")])
+    data.setup("fit")
+    assert isinstance(data.train_dataset.audio_transform.noise, FileNoise)
+    data = make(train_file=None, snr_targets=(0,))
+    data.setup("test")
+    assert isinstance(data.test_datasets[0].audio_transform.noise, BabbleNoise)
+    assert len(indices_of(data.test_dataloader())) == 5
+    data = make(streams=("video",), noise_files=["none.wav"])
+    data.setup()
+    assert data.train_dataset.audio_transform is None
+
+
+def test_lists_are_read_once_and_only_those_needed(make, corpus):
+    data = make(test_file="none.csv")
+    data.setup("fit")
+    dataset = data.train_dataset
+    (corpus.root / "labels" / "ids.csv").unlink()
+    data.setup("fit")
+    assert data.train_dataset is dataset
+    with pytest.raises(ValueError, match=r"none.csv: cannot read"):
+        data.setup("test")
+
+
+def test_missing_list(make):
+    with pytest.raises(ValueError, match="got no train list, expected a file name"):
+        make(train_file=None).setup("fit")
+    with pytest.raises(ValueError, match="got no test list, expected a file name"):
+        make(test_file=None).setup("test")
+
+
+def test_missing_noise_file(make):
+    with pytest.raises(MediaError, match=r"none.wav: no such file"):
+        make(noise_files=["none.wav"]).setup("fit")
+    with pytest.raises(MediaError, match=r"none.wav: no such file"):
+        make(noise_files=["none.wav"], snr_targets=(999999, 0)).setup("test")
+    make(noise_files=["none.wav"]).setup("test")
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_clips_longer_than_max_frames(make, stage):
+    with pytest.raises(ValueError, match=r"csv, line 4: got a clip of 32 frames.* at most 30"):
+        make(max_frames=30).setup(stage)
+
+
+def test_training_can_skip_clips_that_are_too_long(make, caplog):
+    data = make(max_frames=30, val_file=None, skip_bad_clips=True)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert "left out 2 clips that are too long" in caplog.text
+    assert sorted(indices_of(data.train_dataloader())) == [0, 1, 2]
+    with pytest.raises(ValueError, match="line 4: got a clip of 32 frames"):
+        data.setup("test")
+    with pytest.raises(ValueError, match="line 1: got a clip of 20 frames"):
+        make(max_frames=10, val_file=None, skip_bad_clips=True).setup("fit")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_clips(make, corpus, num_workers):
+    (corpus.root / "set" / "clips" / "2.mp4").write_bytes(b"")
+    data = make(num_workers=num_workers)
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        with pytest.raises(MediaError, match=r"2.mp4: the file is empty$"):
+            list(loader)
+    data = make(num_workers=num_workers, skip_bad_clips=True)
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert sorted(indices_of(batches)) == [0, 1, 3, 4]
+    assert sum(batch["num_bad_clips"] for batch in batches) == 1
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        with pytest.raises(MediaError, match=r"2.mp4: the file is empty$"):
+            list(loader)
+
+
+def test_spawned_workers_give_the_same_batches(make):
+    data = make(num_workers=1)
+    data.setup("fit")
+    expected = list(data.train_dataloader())
+    loader = data.train_dataloader()
+    loader.multiprocessing_context = multiprocessing.get_context("spawn")
+    for batch, other in zip(loader, expected, strict=True):
+        assert all(torch.equal(batch[name], other[name]) for name in ("videos", "audios"))
+
+
+@pytest.mark.parametrize("streams", [(), ("lidar",)])
+def test_unknown_streams(make, streams):
+    with pytest.raises(ValueError, match=r"expected some of \('video', 'audio'\)"):
+        make(streams=streams)

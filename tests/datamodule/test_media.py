@@ -1,0 +1,251 @@
+"""Tests of datamodule/media.py."""
+
+import subprocess
+import sys
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+import torchaudio
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
+from media_files import make_picture, make_speech, write_sound_track
+
+from datamodule.media import (
+    MediaError,
+    find_audio,
+    read_audio,
+    read_video,
+    write_audio,
+    write_video,
+)
+
+GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
+
+
+def decode_rgb(path):
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def encode(path, frames, *, times, colorspace=None, color_range=None, pix_fmt="yuv420p"):
+    """Write frames (T, H, W, 3) with the given time stamps in milliseconds."""
+    reformatter = VideoReformatter()
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"bf": "0", "crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        if colorspace:
+            stream.codec_context.colorspace = int(colorspace)
+        if color_range:
+            stream.codec_context.color_range = int(color_range)
+        for image, time in zip(frames, times, strict=True):
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(image, format="rgb24"),
+                format=pix_fmt,
+                dst_colorspace=colorspace,
+                dst_color_range=color_range,
+            )
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_read_video_agrees_with_rgb(tmp_path, grey):
+    frames = make_picture(10, size=48)
+    write_video(tmp_path / "a.mp4", frames[..., 0] if grey else frames)
+    video = read_video(tmp_path / "a.mp4")
+    assert video.dtype == torch.uint8
+    assert video.shape == (10, 48, 48)
+    expected = decode_rgb(tmp_path / "a.mp4") @ GREY_WEIGHTS
+    assert np.abs(video.numpy() - expected).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("colorspace", "color_range", "pix_fmt"),
+    [
+        (Colorspace.ITU601, ColorRange.JPEG, "yuv420p"),
+        (Colorspace.ITU709, ColorRange.MPEG, "yuv420p"),
+        (Colorspace.ITU601, ColorRange.MPEG, "yuv420p10le"),
+    ],
+)
+def test_read_video_agrees_with_rgb_for_other_encodings(tmp_path, colorspace, color_range, pix_fmt):
+    encode(
+        tmp_path / "a.mp4",
+        make_picture(5, size=48),
+        times=range(0, 200, 40),
+        colorspace=colorspace,
+        color_range=color_range,
+        pix_fmt=pix_fmt,
+    )
+    expected = decode_rgb(tmp_path / "a.mp4") @ GREY_WEIGHTS
+    assert np.abs(read_video(tmp_path / "a.mp4").numpy() - expected).mean() < 1
+
+
+def test_grey_levels_use_the_full_range(tmp_path):
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (2, 64, 1))
+    write_video(tmp_path / "a.mp4", ramp, crf=1)
+    np.testing.assert_allclose(read_video(tmp_path / "a.mp4").numpy(), ramp, atol=3)
+
+
+@pytest.mark.parametrize(
+    ("fps", "num_frames", "expected"),
+    [
+        (50, 20, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        (30, 12, [0, 1, 2, 4, 5, 6, 7, 8, 10, 11]),
+        (10, 4, [0, 0, 1, 1, 2, 2, 2, 3, 3, 3]),
+    ],
+)
+def test_read_video_resamples_to_25_fps(tmp_path, fps, num_frames, expected):
+    levels = np.arange(num_frames, dtype=np.uint8) * 10 + 20
+    frames = np.broadcast_to(levels[:, None, None], (num_frames, 32, 32))
+    write_video(tmp_path / "a.mp4", np.ascontiguousarray(frames), fps=fps)
+    found = np.rint((read_video(tmp_path / "a.mp4").float().mean((1, 2)).numpy() - 20) / 10)
+    assert len(found) == len(expected)
+    # Where two source frames are equally near, either is right.
+    times = np.arange(len(expected)) / 25
+    assert (np.abs(found / fps - times) <= 0.5 / fps + 1e-6).all() or found.tolist() == expected
+
+
+def test_read_video_follows_time_stamps(tmp_path):
+    levels = [20, 90, 160, 230]
+    frames = np.stack([np.full((32, 32, 3), level, np.uint8) for level in levels])
+    encode(tmp_path / "a.mkv", frames, times=[0, 40, 160, 200])
+    video = read_video(tmp_path / "a.mkv").float().mean((1, 2))
+    expected = torch.tensor([20.0, 90, 90, 160, 160, 230])
+    assert len(video) == 6
+    near = (video[[0, 1, 4, 5]] - expected[[0, 1, 4, 5]]).abs()
+    assert (near < 4).all()
+
+
+@pytest.mark.parametrize("num_samples", [1, 16000])
+def test_audio_round_trip(tmp_path, num_samples):
+    samples = make_speech(num_samples)
+    write_audio(tmp_path / "a.wav", samples)
+    audio = read_audio(tmp_path / "a.wav")
+    assert audio.dtype == torch.float32
+    np.testing.assert_allclose(audio.numpy(), samples, atol=0.5 / 32768 + 1e-7)
+
+
+def test_write_audio_is_deterministic_and_clips(tmp_path):
+    samples = np.array([0.0, 2.0, -2.0, 0.5], np.float32)
+    for name in ("a.wav", "b.wav"):
+        write_audio(tmp_path / name, samples)
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    expected = torch.tensor([0.0, 32767 / 32768, -1.0, 0.5])
+    torch.testing.assert_close(read_audio(tmp_path / "a.wav"), expected)
+
+
+def test_read_audio_resamples(tmp_path):
+    samples = np.sin(np.arange(44100) / 44100 * 2 * np.pi * 440).astype(np.float32) * 0.5
+    write_audio(tmp_path / "a.wav", samples, rate=44100)
+    audio = read_audio(tmp_path / "a.wav")
+    expected = torchaudio.functional.resample(torch.from_numpy(samples), 44100, 16000)
+    assert abs(len(audio) - 16000) <= 2
+    # Two different low-pass filters: equal but for their edges and ripple.
+    torch.testing.assert_close(audio[200:15800], expected[200:15800], atol=5e-3, rtol=0)
+
+
+def test_read_audio_averages_channels(tmp_path):
+    channels = np.stack([np.full(1600, 8192), np.full(1600, -4096)], axis=1).astype("<i2")
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(channels.tobytes())
+    torch.testing.assert_close(read_audio(tmp_path / "a.wav"), torch.full((1600,), 0.0625))
+
+
+def test_read_audio_of_a_sound_track(tmp_path):
+    tone = np.sin(np.arange(48000) / 48000 * 2 * np.pi * 300)[None].astype(np.float32) * 0.5
+    write_sound_track(tmp_path / "a.mp4", tone, frames=make_picture(25), rate=48000)
+    audio = read_audio(tmp_path / "a.mp4")
+    assert abs(len(audio) - 16000) < 0.1 * 16000
+    level = audio[4000:12000].square().mean().sqrt()
+    assert level == pytest.approx(0.5 / 2**0.5, rel=0.05)
+    assert len(read_video(tmp_path / "a.mp4")) == 25
+
+
+def test_find_audio_prefers_wav(tmp_path):
+    video = str(tmp_path / "a.mp4")
+    assert find_audio(video) == video
+    write_audio(tmp_path / "a.wav", make_speech(10))
+    assert find_audio(video) == str(tmp_path / "a.wav")
+
+
+def _float_wav(path, samples):
+    """Write 32-bit float wav, which can hold what is not finite."""
+    data = samples.astype("<f4").tobytes()
+    header = (
+        b"RIFF" + (36 + len(data)).to_bytes(4, "little") + b"WAVEfmt " + (16).to_bytes(4, "little")
+    )
+    header += b"".join(
+        value.to_bytes(size, "little")
+        for value, size in [(3, 2), (1, 2), (16000, 4), (64000, 4), (4, 2), (32, 2)]
+    )
+    path.write_bytes(header + b"data" + len(data).to_bytes(4, "little") + data)
+
+
+@pytest.mark.parametrize("read", [read_video, read_audio])
+def test_errors_name_the_file_in_one_line(tmp_path, read):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "broken.mp4").write_bytes(b"not a video" * 100)
+    for name, cause in [
+        ("missing.mp4", "no such file"),
+        ("empty.mp4", "the file is empty"),
+        ("broken.mp4", "cannot be decoded"),
+        (".", "cannot be decoded"),
+    ]:
+        with pytest.raises(MediaError, match=cause) as error:
+            read(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_errors_of_streams(tmp_path):
+    write_video(tmp_path / "silent.mp4", make_picture(3))
+    with pytest.raises(MediaError, match="no audio stream"):
+        read_audio(tmp_path / "silent.mp4")
+    write_audio(tmp_path / "a.wav", make_speech(100))
+    with pytest.raises(MediaError, match="no video stream"):
+        read_video(tmp_path / "a.wav")
+    write_audio(tmp_path / "none.wav", make_speech(0))
+    with pytest.raises(MediaError, match="holds no sample"):
+        read_audio(tmp_path / "none.wav")
+    _float_wav(tmp_path / "nan.wav", np.array([0.0, np.nan, 0.5]))
+    with pytest.raises(MediaError, match="not finite"):
+        read_audio(tmp_path / "nan.wav")
+    _float_wav(tmp_path / "loud.wav", np.array([0.0, 3.0, -0.5]))
+    torch.testing.assert_close(read_audio(tmp_path / "loud.wav"), torch.tensor([0.0, 1.0, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((2, 32, 32), np.float32), "expected uint8"),
+        (np.zeros((2, 32, 32, 4), np.uint8), "expected uint8"),
+        (np.zeros((2, 31, 32), np.uint8), "even H, W"),
+        (np.zeros((0, 32, 32), np.uint8), "T > 0"),
+    ],
+)
+def test_write_video_errors(tmp_path, frames, message):
+    with pytest.raises(MediaError, match=message):
+        write_video(tmp_path / "a.mp4", frames)
+
+
+def test_write_errors(tmp_path):
+    with pytest.raises(MediaError, match="expected finite"):
+        write_audio(tmp_path / "a.wav", np.array([np.inf]))
+    with pytest.raises(MediaError, match="cannot write"):
+        write_audio(tmp_path / "no" / "a.wav", make_speech(5))
+    with pytest.raises(MediaError, match="cannot write"):
+        write_video(tmp_path / "no" / "a.mp4", make_picture(2))
+
+
+def test_writers_do_not_import_torch():
+    code = "import sys, datamodule.media; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
