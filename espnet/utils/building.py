@@ -1,0 +1,100 @@
+"""Makes the parts of a run from its options, for train.py and eval.py alike."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from datamodule.data_module import DataModule
+from datamodule.text_transform import TextTransform
+from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E, STREAMS
+from espnet.utils.options import CLEAN_SNR, model_options
+from lightning import ModelModule
+
+
+def build_text_transform(args: Namespace) -> TextTransform:
+    """Loads the vocabulary.
+
+    Args:
+        args: Options of the data group, the vocabulary's paths filled in.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        ValueError: If a file cannot be read.
+    """
+    return TextTransform(sp_model_path=args.sp_model_path, dict_path=args.dict_path)
+
+
+def build_model(args: Namespace, modality: str, text_transform: TextTransform) -> E2E:
+    """Builds the recogniser with random weights.
+
+    Args:
+        args: Options of the model group.
+        modality: Streams that the model takes.
+        text_transform: Its vocabulary.
+
+    Returns:
+        The model.
+    """
+    return E2E(text_transform.odim, modality, **model_options(args))
+
+
+def build_data(
+    args: Namespace,
+    modality: str,
+    text_transform: TextTransform,
+) -> DataModule:
+    """Makes the data module; reads nothing yet.
+
+    Args:
+        args: Options of the data and decoding groups.
+        modality: Streams to read.
+        text_transform: The model's vocabulary.
+
+    Returns:
+        The data module.
+    """
+    train_file = args.train_file
+    if train_file and not (Path(args.root_dir) / "labels" / train_file).is_file():
+        train_file = None  # The test data are elsewhere: their babble comes from the test list.
+    return DataModule(
+        root_dir=args.root_dir,
+        streams=STREAMS[modality],
+        text_transform=text_transform,
+        train_file=train_file,
+        val_file=args.val_file,
+        test_file=args.test_file,
+        max_frames=args.max_frames,
+        decode_max_frames=args.decode_max_frames,
+        train_num_buckets=args.train_num_buckets,
+        num_workers=args.num_workers,
+        seed=args.seed,
+        crop_size=args.crop_size,
+        noise_files=args.noise_file or (),
+        snr_targets=args.decode_snr_target if "audio" in STREAMS[modality] else (CLEAN_SNR,),
+        skip_bad_clips=args.skip_bad_clips,
+    )
+
+
+def build_module(args: Namespace, model: E2E, text_transform: TextTransform) -> ModelModule:
+    """Wraps the model for training and decoding.
+
+    Args:
+        args: Options of the training and decoding groups.
+        model: Recogniser.
+        text_transform: Its vocabulary.
+
+    Returns:
+        The Lightning module.
+    """
+    return ModelModule(
+        model,
+        text_transform,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        seed=args.seed,
+        beam_size=args.beam_size,
+        ctc_decode_weight=args.ctc_decode_weight,
+        length_bonus=args.length_bonus,
+    )

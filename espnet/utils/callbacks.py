@@ -1,0 +1,118 @@
+"""Callbacks of a training run: the metrics table and progress without a terminal."""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_only
+
+COLUMNS = {
+    "epoch": None,
+    "step": None,
+    "seconds": None,
+    "lr": None,
+    "loss": "loss_epoch",
+    "loss_ctc": "loss_ctc",
+    "loss_att": "loss_att",
+    "decoder_acc": "decoder_acc",
+    "loss_val": "loss_val",
+    "loss_ctc_val": "loss_ctc_val",
+    "loss_att_val": "loss_att_val",
+    "decoder_acc_val": "decoder_acc_val",
+    "wer_val": "wer_val",
+    "bad_clips": "bad_clips",
+    "short_utterances": "short_utterances",
+    "nonfinite_steps": "nonfinite_steps",
+}
+
+
+class MetricsTable(pl.Callback):
+    """Writes a row an epoch to a CSV file; a resumed run goes on where it left off.
+
+    Args:
+        path: File.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.start = 0.0
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Keeps the rows of the steps that lie behind."""
+        rows = [row for row in read_metrics(self.path) if int(row["step"]) <= trainer.global_step]
+        self.start = time.time() - (float(rows[-1]["seconds"]) if rows else 0.0)
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Adds the epoch's row."""
+        metrics = trainer.callback_metrics
+        row = {
+            column: f"{float(metrics[name]):.6g}"
+            for column, name in COLUMNS.items()
+            if name in metrics
+        }
+        row["epoch"] = trainer.current_epoch
+        row["step"] = trainer.global_step
+        row["seconds"] = f"{time.time() - self.start:.1f}"
+        row["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, list(COLUMNS), lineterminator="\n").writerow(row)
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Reads the rows that `MetricsTable` wrote.
+
+    Args:
+        path: File; may be missing.
+
+    Returns:
+        A dict of texts by column for each epoch.
+    """
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+class ProgressLines(pl.Callback):
+    """Prints a line every few steps, where there is no terminal for a progress bar.
+
+    Args:
+        every: Steps between two lines.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        self.every = every
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,
+    ) -> None:
+        """Prints the training loss."""
+        if (batch_idx + 1) % self.every == 0:
+            loss = float(trainer.callback_metrics["loss_step"])
+            print(
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
+                f"batch {batch_idx + 1}/{trainer.num_training_batches} loss {loss:.3f}",
+                flush=True,
+            )
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+        """Prints the epoch's figures."""
+        metrics = trainer.callback_metrics
+        names = ("loss_epoch", "loss_val", "decoder_acc_val", "wer_val")
+        values = " ".join(f"{name} {float(metrics[name]):.3f}" for name in names if name in metrics)
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done: {values}", flush=True)

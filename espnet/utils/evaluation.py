@@ -1,0 +1,243 @@
+"""Scoring of a recogniser under several conditions: decoding, error rates, files and report."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jiwer
+import pytorch_lightning as pl
+import torch.distributed
+from torch.utils.data import DataLoader
+
+from datamodule.av_dataset import AVDataset
+from datamodule.data_module import DataModule
+from datamodule.media import VIDEO_RATE
+from espnet.utils.options import CLEAN_SNR
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The transcript that the search found for one utterance.
+
+    Attributes:
+        index: Row of the utterance in its label list.
+        hypothesis: Text; empty if the search found nothing.
+        score: Log-score of the hypothesis, None if the search found nothing.
+        seconds: Time that decoding took, shared out over the utterances of the batch.
+    """
+
+    index: int
+    hypothesis: str
+    score: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the model is given.
+
+    Attributes:
+        modality: `audio`, `video` or `audiovisual`.
+        snr: Signal-to-noise ratio of the audio in dB; `CLEAN_SNR` is clean.
+    """
+
+    modality: str
+    snr: float = CLEAN_SNR
+
+    @property
+    def name(self) -> str:
+        """A name that can be part of a file's."""
+        noise = "clean" if self.snr >= CLEAN_SNR else f"{self.snr:g}dB"
+        return self.modality if self.modality == "video" else f"{self.modality}_{noise}"
+
+
+@dataclass(frozen=True)
+class ErrorCounts:
+    """Errors of a set of hypotheses, in words or in characters.
+
+    Attributes:
+        substitutions: Tokens replaced.
+        deletions: Tokens left out.
+        insertions: Tokens too many.
+        reference: Tokens of the references.
+    """
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    reference: int
+
+    @property
+    def rate(self) -> float:
+        """Errors over reference tokens."""
+        return (self.substitutions + self.deletions + self.insertions) / self.reference
+
+
+def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCounts, ErrorCounts]:
+    """Counts word and character errors, ignoring case as auto_avsr does.
+
+    Args:
+        references: What was said, no text empty.
+        hypotheses: What was found; may be empty.
+
+    Returns:
+        Word and character errors.
+    """
+    references = [text.lower() for text in references]
+    hypotheses = [text.lower() for text in hypotheses]
+    counts = []
+    for process in (jiwer.process_words, jiwer.process_characters):
+        found = process(references, hypotheses)
+        counts.append(
+            ErrorCounts(
+                found.substitutions,
+                found.deletions,
+                found.insertions,
+                found.substitutions + found.deletions + found.hits,
+            )
+        )
+    return counts[0], counts[1]
+
+
+class ConditionLoaders(pl.LightningDataModule):
+    """One loader of the test list for each condition, made once the processes are running.
+
+    Args:
+        conditions: What to give the model.
+        data: For each of their modalities the data module that reads it.
+    """
+
+    def __init__(self, conditions: Sequence[Condition], data: Mapping[str, DataModule]) -> None:
+        super().__init__()
+        self.conditions = conditions
+        self.data = data
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Makes the loaders, in the order of the conditions."""
+        loaders = []
+        for condition in self.conditions:
+            data = self.data[condition.modality]
+            data.trainer = self.trainer  # It knows this process's share of the utterances.
+            loaders.append(data.test_dataloader(condition.snr))
+        return loaders
+
+
+def all_conditions(snrs: Sequence[float]) -> list[Condition]:
+    """Every modality at every noise level; video, which has no noise, once.
+
+    Args:
+        snrs: In dB.
+
+    Returns:
+        Conditions.
+    """
+    audible = [Condition(m, snr) for m in ("audio", "audiovisual") for snr in snrs]
+    return [*audible[: len(snrs)], Condition("video"), *audible[len(snrs) :]]
+
+
+def evaluate(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    data: Mapping[str, DataModule],
+    conditions: Sequence[Condition],
+    output_dir: Path,
+) -> list[dict]:
+    """Decodes the test list under each condition and writes what was found.
+
+    `output_dir` gets, for each condition, `hypotheses_<condition>.jsonl` with a line an utterance
+    (id, reference, hypothesis, score) and, once all are done, `summary.json`.
+
+    Args:
+        trainer: Runs the model, on one process or several, which share out the utterances.
+        module: Model and search; decodes into its `decoded`, by condition.
+        data: For each modality of the conditions the data module that reads it.
+        conditions: What to give the model.
+        output_dir: Folder, made if it does not exist.
+
+    Returns:
+        The summary of each condition; on processes but the first, an empty list.
+    """
+    module.decoded = {}
+    trainer.test(module, datamodule=ConditionLoaders(conditions, data), verbose=False)
+    summaries = []
+    for number, condition in enumerate(conditions):
+        decoded = gather(module.decoded.get(number, []))
+        if trainer.is_global_zero:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            dataset = data[condition.modality].test_datasets[condition.snr]
+            summaries.append(write_condition(decoded, dataset, condition, output_dir))
+    if trainer.is_global_zero:
+        text = json.dumps(summaries, indent=2) + "\n"
+        (output_dir / "summary.json").write_text(text, encoding="utf-8")
+    return summaries
+
+
+def gather(decoded: list[Decoded]) -> list[Decoded]:
+    """The results of all processes, in the order of the test list, each utterance once."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        shares: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(shares, decoded)
+        decoded = [result for share in shares for result in share]
+    return sorted({result.index: result for result in decoded}.values(), key=lambda r: r.index)
+
+
+def write_condition(
+    decoded: list[Decoded], dataset: AVDataset, condition: Condition, output_dir: Path
+) -> dict:
+    """Writes the hypotheses of a condition and sums up its errors.
+
+    Args:
+        decoded: Results of all utterances.
+        dataset: The test list.
+        condition: What the model was given.
+        output_dir: Folder.
+
+    Returns:
+        Summary: condition, error rates and counts, real-time factor.
+    """
+    references = [dataset.text(result.index) for result in decoded]
+    path = output_dir / f"hypotheses_{condition.name}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for result, reference in zip(decoded, references, strict=True):
+            line = {
+                "id": dataset.utterance_id(result.index),
+                "reference": reference,
+                "hypothesis": result.hypothesis,
+                "score": result.score,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    words, characters = count_errors(references, [result.hypothesis for result in decoded])
+    duration = sum(int(dataset.labels.num_frames[result.index]) for result in decoded) / VIDEO_RATE
+    return {
+        **dataclasses.asdict(condition),
+        "utterances": len(decoded),
+        "wer": words.rate,
+        "cer": characters.rate,
+        "words": dataclasses.asdict(words),
+        "characters": dataclasses.asdict(characters),
+        "real_time_factor": sum(result.seconds for result in decoded) / duration,
+        "hypotheses": path.name,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def format_summaries(summaries: list[dict]) -> str:
+    """A line a condition: WER and CER in percent, their counts and the real-time factor."""
+    lines = []
+    for summary in summaries:
+        name = Condition(summary["modality"], summary["snr"]).name
+        parts = []
+        for title, kind in (("WER", "words"), ("CER", "characters")):
+            counts = summary[kind]
+            parts.append(
+                f"{title} {100 * summary[title.lower()]:.2f} % ({counts['substitutions']} sub, "
+                f"{counts['deletions']} del, {counts['insertions']} ins of {counts['reference']})"
+            )
+        lines.append(
+            f"{name}: {', '.join(parts)}, real-time factor {summary['real_time_factor']:.3f}, "
+            f"{summary['utterances']} utterances"
+        )
+    return "\n".join(lines)

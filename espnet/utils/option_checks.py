@@ -1,0 +1,108 @@
+"""Checks of a whole command line, so that all its problems are named at once."""
+
+from argparse import Namespace
+from pathlib import Path
+
+
+def training_problems(args: Namespace) -> list[str]:
+    """What is wrong with train.py's options.
+
+    Args:
+        args: Options.
+
+    Returns:
+        A sentence a problem; empty if there is none.
+    """
+    problems = []
+    required = {
+        "--exp-name": args.exp_name,
+        "--modality": args.modality,
+        "--root-dir": args.root_dir,
+        "--train-file": args.train_file,
+    }
+    missing = [flag for flag, value in required.items() if not value]
+    if missing:
+        problems.append(f"{' and '.join(missing)} must be given (or --demo)")
+    problems += _data_problems(args, {"--train-file": args.train_file, "--val-file": args.val_file})
+    problems += _model_problems(args, args.modality)
+    if (args.transfer_frontend or args.transfer_encoder) and not args.pretrained_model_path:
+        problems.append(
+            "--transfer-frontend and --transfer-encoder need --pretrained-model-path to take "
+            "weights from"
+        )
+    if args.pretrained_model_path and not Path(args.pretrained_model_path).is_file():
+        problems.append(f"--pretrained-model-path {args.pretrained_model_path} does not exist")
+    if args.ckpt_path not in (None, "last") and not Path(args.ckpt_path).is_file():
+        problems.append(f"--ckpt-path {args.ckpt_path} does not exist: give a file, or 'last'")
+    if args.warmup_epochs > args.max_epochs:
+        problems.append(
+            f"--warmup-epochs {args.warmup_epochs:g} is more than --max-epochs {args.max_epochs}: "
+            "the rate would never reach --lr"
+        )
+    return problems
+
+
+def evaluation_problems(args: Namespace, model_modality: str | None) -> list[str]:
+    """What is wrong with eval.py's options, those of the run included.
+
+    Args:
+        args: Options.
+        model_modality: What the model was trained for, None if nothing tells.
+
+    Returns:
+        A sentence a problem; empty if there is none.
+    """
+    path = args.pretrained_model_path
+    problems = []
+    if not Path(path).is_file():
+        problems.append(f"--pretrained-model-path {path} does not exist")
+    elif not model_modality:
+        problems.append(
+            f"no config.yaml beside {path} tells its modality: give --modality, and the model "
+            "options that differ from auto_avsr's"
+        )
+    elif args.modality != model_modality and model_modality != "audiovisual":
+        problems.append(f"--modality {args.modality}, but {path} is a model of {model_modality}")
+    elif args.modality != model_modality and not any(args.modality_dropout):
+        problems.append(
+            f"--modality {args.modality}, but {path} was trained without --modality-dropout and "
+            "needs both streams"
+        )
+    if not args.root_dir:
+        problems.append("--root-dir must be given")
+    problems += _data_problems(args, {"--test-file": args.test_file})
+    return problems + _model_problems(args, model_modality)
+
+
+def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:
+    if not args.root_dir:
+        return []
+    if not Path(args.root_dir).is_dir():
+        return [f"--root-dir {args.root_dir} does not exist: give the folder of labels/"]
+    paths = {
+        f"{flag} {name}": Path(args.root_dir) / "labels" / name
+        for flag, name in lists.items()
+        if name
+    }
+    paths |= {f"--noise-file {name}": Path(name) for name in args.noise_file or []}
+    return [
+        f"{what} does not exist: looked for {path}"
+        for what, path in paths.items()
+        if not path.is_file()
+    ]
+
+
+def _model_problems(args: Namespace, modality: str | None) -> list[str]:
+    problems = []
+    if args.adim % args.aheads or args.adim % 2:
+        problems.append(f"--adim {args.adim} must be even and a multiple of --aheads {args.aheads}")
+    if args.cnn_module_kernel % 2 == 0:
+        problems.append(f"--cnn-module-kernel {args.cnn_module_kernel} must be odd")
+    if sum(args.modality_dropout) > 1:
+        problems.append(f"--modality-dropout {args.modality_dropout}: the sum must be at most 1")
+    if any(args.modality_dropout) and modality in ("audio", "video"):
+        problems.append(
+            f"--modality-dropout needs --modality audiovisual, not {modality}: a model with "
+            "one stream has none to spare"
+        )
+    return problems

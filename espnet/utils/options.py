@@ -1,0 +1,430 @@
+"""Every command-line option, in titled groups that the entry scripts compose.
+
+Nothing here imports torch, so that `--help` and a mistaken option answer at once.
+"""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+CLEAN_SNR = 999999.0  # dB; auto_avsr's way to say "no noise"
+DEMO_OPTIONS = {
+    "exp_name": "demo",
+    "root_dir": "demo_corpus",
+    "train_file": "train.csv",
+    "val_file": "val.csv",
+    "test_file": "test.csv",
+    "modality": "audiovisual",
+    "modality_dropout": (0.25, 0.25),
+    "crop_size": 64,
+    "video_width": 8,
+    "audio_width": 16,
+    "adim": 144,
+    "aheads": 4,
+    "eunits": 576,
+    "elayers": 3,
+    "dunits": 576,
+    "dlayers": 2,
+    "ctc_weight": 0.5,
+    "lr": 1.5e-3,
+    "max_frames": 480,
+    "max_epochs": 13,
+    "warmup_epochs": 1.3,
+    "beam_size": 10,
+    "ctc_decode_weight": 0.3,
+    "decode_snr_target": [CLEAN_SNR, 10.0, 5.0, 0.0, -5.0],
+}
+DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
+MODALITIES = ("audio", "video", "audiovisual")
+MODEL_OPTIONS = (
+    "adim",
+    "aheads",
+    "eunits",
+    "elayers",
+    "dunits",
+    "dlayers",
+    "cnn_module_kernel",
+    "video_width",
+    "audio_width",
+    "dropout_rate",
+    "label_smoothing",
+    "ctc_weight",
+    "modality_dropout",
+)
+
+
+class OneLineParser(ArgumentParser):
+    """A parser whose errors are one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and exits with code 2.
+
+        Args:
+            message: What was got, what is expected, what to do.
+        """
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def count(text: str) -> int:
+    """Parses a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"{value} is out of range: at least 1 is expected")
+    return value
+
+
+def natural(text: str) -> int:
+    """Parses a whole number of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise ArgumentTypeError(f"{value} is out of range: at least 0 is expected")
+    return value
+
+
+def positive(text: str) -> float:
+    """Parses a number above 0."""
+    value = float(text)
+    if not value > 0:
+        raise ArgumentTypeError(f"{value} is out of range: a number above 0 is expected")
+    return value
+
+
+def non_negative(text: str) -> float:
+    """Parses a number of at least 0."""
+    value = float(text)
+    if not value >= 0:
+        raise ArgumentTypeError(f"{value} is out of range: at least 0 is expected")
+    return value
+
+
+def probability(text: str) -> float:
+    """Parses a number in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{value} is out of range: a number in [0, 1] is expected")
+    return value
+
+
+def batches(text: str) -> int | float:
+    """Parses a number of batches (`4`, `0`) or a share of them (`0.1`)."""
+    return natural(text) if text.isdigit() else probability(text)
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """Adds where a training run is kept and how it is followed."""
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--demo",
+        action="store_true",
+        help="make the demo corpus and train, average and score a small audio-visual model on it",
+    )
+    group.add_argument("--exp-dir", default="./exp", help="folder of all runs (%(default)s)")
+    group.add_argument("--exp-name", help="name of the run; its files are in EXP_DIR/EXP_NAME")
+    group.add_argument("--group-name", help="group of the run in Weights & Biases")
+    group.add_argument(
+        "--logger",
+        choices=("csv", "tensorboard", "wandb", "none"),
+        default="tensorboard",
+        help="where curves go beside metrics.csv, which is always written (%(default)s)",
+    )
+    group.add_argument(
+        "--ckpt-path",
+        metavar="PATH|last",
+        help="checkpoint to resume from; 'last' is the run's own last.ckpt, if there is one",
+    )
+    group.add_argument(
+        "--fast-dev-run",
+        action="store_true",
+        help="one training and one validation batch, no files",
+    )
+    group.add_argument(
+        "--overfit-batches", type=batches, default=0, metavar="N", help="train on N fixed batches"
+    )
+
+
+def add_data_options(parser: ArgumentParser, *, training: bool) -> None:
+    """Adds what data to read and how to batch it."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--root-dir", help="root of the data; label lists are in ROOT_DIR/labels")
+    if training:
+        group.add_argument("--train-file", help="training label list")
+        group.add_argument(
+            "--val-file", default=DEFAULT_LIST, help="validation label list (%(default)s)"
+        )
+        group.add_argument(
+            "--test-file",
+            help=f"test label list, scored after training (default: {DEFAULT_LIST} if it exists)",
+        )
+        group.add_argument(
+            "--train-num-buckets",
+            type=count,
+            default=400,
+            help="length classes from which batches are drawn (%(default)s)",
+        )
+        group.add_argument(
+            "--skip-bad-clips",
+            action="store_true",
+            help="count and log unreadable training clips instead of stopping",
+        )
+    else:
+        group.add_argument("--test-file", default=DEFAULT_LIST, help="test list (%(default)s)")
+    group.add_argument(
+        "--max-frames",
+        type=count,
+        default=1600,
+        help="video frames (25 a second) in a batch, padding included (%(default)s)",
+    )
+    group.add_argument(
+        "--noise-file",
+        nargs="+",
+        metavar="WAV",
+        help="noise recordings (default: babble mixed from the training utterances)",
+    )
+    group.add_argument(
+        "--sp-model-path",
+        help="SentencePiece model (default: ROOT_DIR/spm/unigram.model, else auto_avsr's "
+        "spm/unigram/unigram5000.model beside this script)",
+    )
+    group.add_argument(
+        "--dict-path", help="its units, a line 'piece id' each (default: MODEL_units.txt)"
+    )
+    group.add_argument(
+        "--crop-size", type=count, default=88, help="side of the mouth crop (%(default)s)"
+    )
+    group.add_argument(
+        "--num-workers", type=natural, default=2, help="processes that read data (%(default)s)"
+    )
+    group.add_argument("--seed", type=natural, default=42, help="of everything (%(default)s)")
+
+
+def add_model_options(parser: ArgumentParser) -> None:
+    """Adds what model to build; the defaults are auto_avsr's."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--modality", choices=MODALITIES, help="streams that the model takes", default=None
+    )
+    group.add_argument("--adim", type=count, default=768, help="feature size (%(default)s)")
+    group.add_argument("--aheads", type=count, default=12, help="attention heads (%(default)s)")
+    group.add_argument(
+        "--eunits", type=count, default=3072, help="encoder feed-forward units (%(default)s)"
+    )
+    group.add_argument("--elayers", type=count, default=12, help="encoder blocks (%(default)s)")
+    group.add_argument(
+        "--dunits", type=count, default=3072, help="decoder feed-forward units (%(default)s)"
+    )
+    group.add_argument("--dlayers", type=count, default=6, help="decoder blocks (%(default)s)")
+    group.add_argument(
+        "--cnn-module-kernel", type=count, default=31, help="Conformer kernel, odd (%(default)s)"
+    )
+    group.add_argument(
+        "--video-width", type=count, default=64, help="channels of the video ResNet (%(default)s)"
+    )
+    group.add_argument(
+        "--audio-width", type=count, default=64, help="channels of the audio ResNet (%(default)s)"
+    )
+    group.add_argument("--dropout-rate", type=probability, default=0.1, help="(%(default)s)")
+    group.add_argument(
+        "--label-smoothing", type=probability, default=0.1, help="of the decoder's targets (0.1)"
+    )
+    group.add_argument(
+        "--ctc-weight", type=probability, default=0.1, help="CTC's share of the loss (%(default)s)"
+    )
+    group.add_argument(
+        "--modality-dropout",
+        type=probability,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("P_AUDIO", "P_VIDEO"),
+        help="probabilities that a training utterance loses its audio, its video (0 0); the model "
+        "then also takes one stream alone",
+    )
+
+
+def add_optimiser_options(parser: ArgumentParser) -> None:
+    """Adds how to train."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--pretrained-model-path", help="checkpoint whose weights to start from")
+    group.add_argument(
+        "--transfer-frontend", action="store_true", help="take only its front-end's weights"
+    )
+    group.add_argument(
+        "--transfer-encoder", action="store_true", help="take only its encoder's weights"
+    )
+    group.add_argument("--max-epochs", type=count, default=75, help="(%(default)s)")
+    group.add_argument(
+        "--warmup-epochs", type=non_negative, default=5, help="of rising rate (%(default)s)"
+    )
+    group.add_argument("--lr", type=positive, default=1e-3, help="highest rate (%(default)s)")
+    group.add_argument("--weight-decay", type=non_negative, default=0.03, help="(%(default)s)")
+    group.add_argument(
+        "--accumulate-grad-batches", type=count, default=1, help="batches a step (%(default)s)"
+    )
+
+
+def add_hardware_options(parser: ArgumentParser) -> None:
+    """Adds what to run on."""
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda"), help="(auto)"
+    )
+    group.add_argument(
+        "--gpus",
+        type=count,
+        help="devices of each node, or processes on CPUs (default: every GPU, one process on CPU)",
+    )
+    group.add_argument("--num-nodes", type=count, default=1, help="machines (%(default)s)")
+    group.add_argument(
+        "--strategy", default="auto", help="Lightning's: auto, ddp, fsdp, deepspeed, ... (auto)"
+    )
+    group.add_argument(
+        "--precision",
+        help="Lightning's: 32-true, 16-mixed, bf16-mixed, ... (default: bf16-mixed on a GPU that "
+        "has it, else 32-true)",
+    )
+    group.add_argument("--slurm-job-id", type=float, help="kept with the run; not needed")
+    group.add_argument("--debug", action="store_true", help="log at debug level")
+
+
+def add_decoding_options(parser: ArgumentParser) -> None:
+    """Adds how to search for the transcript."""
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--beam-size", type=count, default=40, help="(%(default)s)")
+    group.add_argument(
+        "--ctc-decode-weight", type=probability, default=0.1, help="CTC's share (%(default)s)"
+    )
+    group.add_argument(
+        "--length-bonus", type=float, default=0.0, help="score of every token (%(default)s)"
+    )
+    group.add_argument(
+        "--decode-max-frames",
+        type=count,
+        default=1600,
+        help="frames, padding included, that are decoded at once; bounds the memory (%(default)s)",
+    )
+    group.add_argument(
+        "--decode-snr-target",
+        type=float,
+        nargs="+",
+        default=[CLEAN_SNR],
+        metavar="DB",
+        help=f"signal-to-noise ratios to score at; {CLEAN_SNR:.0f} is clean (the default)",
+    )
+
+
+def train_parser() -> ArgumentParser:
+    """Returns the parser of train.py."""
+    parser = OneLineParser(description="Train an audio-visual speech recogniser.")
+    add_run_options(parser)
+    add_data_options(parser, training=True)
+    add_model_options(parser)
+    add_optimiser_options(parser)
+    add_decoding_options(parser)
+    add_hardware_options(parser)
+    return parser
+
+
+def eval_parser() -> ArgumentParser:
+    """Returns the parser of eval.py."""
+    parser = OneLineParser(description="Score a speech recogniser on a test list.")
+    group = parser.add_argument_group("checkpoint and results")
+    group.add_argument(
+        "--pretrained-model-path",
+        required=True,
+        help="checkpoint; the config.yaml beside it gives the model's options",
+    )
+    group.add_argument(
+        "--output-dir", help="folder of hypotheses and summary (default: beside the checkpoint)"
+    )
+    add_data_options(parser, training=False)
+    add_model_options(parser)
+    add_decoding_options(parser)
+    add_hardware_options(parser)
+    return parser
+
+
+def parse_eval_args(
+    parser: ArgumentParser, argv: list[str] | None = None
+) -> tuple[Namespace, str | None]:
+    """Parses eval.py's command line over the options of the checkpoint's run.
+
+    What neither gives has train.py's default. The run's hardware, and the noise levels that it
+    was scored at, are not inherited.
+
+    Args:
+        parser: That of eval.py.
+        argv: Command line; None for that of the process.
+
+    Returns:
+        Options, and the modality that the model was trained for, None if nothing tells.
+    """
+    inherited = ArgumentParser()
+    for add in (add_model_options, add_decoding_options):
+        add(inherited)
+    add_data_options(inherited, training=True)
+    names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
+    config = load_config(parser.parse_args(argv).pretrained_model_path)
+    run = {name: value for name, value in config.items() if name in names and value is not None}
+    parser.set_defaults(**run)
+    args = parser.parse_args(argv)
+    options = {**vars(train_parser().parse_args([])), **run, **vars(args)}
+    return Namespace(**options), config.get("modality", args.modality)
+
+
+def model_options(args: Namespace) -> dict[str, Any]:
+    """The options that `E2E` takes, by keyword."""
+    return {name: getattr(args, name) for name in MODEL_OPTIONS}
+
+
+def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:
+    """Fills in the paths of the SentencePiece model and its units, or ends with an error."""
+    candidates = [
+        Path(args.root_dir) / "spm" / "unigram.model",
+        Path(__file__).parents[2] / "spm" / "unigram" / "unigram5000.model",
+    ]
+    if args.sp_model_path:
+        candidates = [Path(args.sp_model_path)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        parser.error(
+            f"no SentencePiece model at {' or '.join(map(str, candidates))}: give --sp-model-path, "
+            "or train one with python -m datamodule.train_tokenizer"
+        )
+    args.sp_model_path = str(found)
+    if args.dict_path is None:
+        units = found.with_name(f"{found.stem}_units.txt")
+        args.dict_path = str(units) if units.is_file() else None
+
+
+def save_config(args: Namespace, path: Path, versions: dict[str, str]) -> None:
+    """Writes every option, resolved, and the versions of what ran it.
+
+    Args:
+        args: Options.
+        path: File to write.
+        versions: Package versions.
+    """
+    config = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in sorted(vars(args).items())
+    }
+    path.write_text(yaml.safe_dump({**config, "versions": versions}, sort_keys=False))
+
+
+def load_config(checkpoint: str) -> dict[str, Any]:
+    """Reads the options of the run that a checkpoint belongs to.
+
+    Args:
+        checkpoint: Path of the checkpoint.
+
+    Returns:
+        The options in the config.yaml beside it; empty if there is none.
+    """
+    path = Path(checkpoint).with_name("config.yaml")
+    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def one_line(error: Exception) -> str:
+    """The last line of an error: what a data-loading process adds before it is its traceback."""
+    return str(error).strip().splitlines()[-1].split("Error: ", maxsplit=1)[-1]

@@ -1,0 +1,132 @@
+"""The Lightning trainer of a command line, and the versions that a run is made with."""
+
+import logging
+import platform
+import sys
+import warnings
+from argparse import Namespace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+PACKAGES = ("torch", "torchaudio", "pytorch-lightning", "numpy", "sentencepiece", "av")
+GRADIENT_CLIP = 10.0
+
+
+def hardware_options(args: Namespace) -> dict[str, Any]:
+    """The hardware that a command line asks for, in the trainer's terms.
+
+    Args:
+        args: Options of the hardware group.
+
+    Returns:
+        Keyword arguments of `pytorch_lightning.Trainer`.
+
+    Raises:
+        ValueError: If a GPU is asked for and there is none, or fewer than asked for.
+    """
+    gpus = torch.cuda.device_count()
+    on_gpu = args.accelerator in ("gpu", "cuda") or (args.accelerator == "auto" and gpus > 0)
+    if on_gpu and gpus == 0:
+        raise ValueError(
+            f"--accelerator {args.accelerator}, but PyTorch sees no GPU: use --accelerator cpu"
+        )
+    if on_gpu and args.gpus and args.gpus > gpus:
+        raise ValueError(f"--gpus {args.gpus}, but this machine has {gpus}: use --gpus {gpus}")
+    precision = args.precision
+    if precision is None:
+        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    return {
+        "accelerator": "gpu" if on_gpu else "cpu",
+        "devices": args.gpus or (gpus if on_gpu else 1),
+        "num_nodes": args.num_nodes,
+        "strategy": args.strategy,
+        "precision": precision,
+        "use_distributed_sampler": False,  # The data module shares out the utterances.
+    }
+
+
+def build_trainer(args: Namespace, **options: Any) -> pl.Trainer:
+    """Builds the trainer.
+
+    Args:
+        args: Options of the hardware group.
+        **options: What else `pytorch_lightning.Trainer` is to be told.
+
+    Returns:
+        The trainer.
+
+    Raises:
+        ValueError: If Lightning refuses the options.
+    """
+    hardware = hardware_options(args)
+    processes = hardware["devices"] * hardware["num_nodes"]
+    try:
+        return pl.Trainer(
+            **hardware,
+            # PyTorch synchronises batch statistics on GPUs only.
+            sync_batchnorm=hardware["accelerator"] == "gpu" and processes > 1,
+            enable_progress_bar=sys.stderr.isatty(),
+            enable_model_summary=False,
+            **options,
+        )
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses the options: {str(error).splitlines()[0]}") from None
+
+
+def build_logger(name: str, run_dir: Path, group: str | None) -> Logger | bool:
+    """Builds what draws curves beside metrics.csv.
+
+    Args:
+        name: `tensorboard`, `wandb`, or `csv` or `none` for nothing more.
+        run_dir: Folder of the run.
+        group: Group of the run in Weights & Biases.
+
+    Returns:
+        The logger; False for none.
+
+    Raises:
+        ValueError: If wandb is not installed.
+    """
+    if name == "tensorboard":
+        return TensorBoardLogger(run_dir, name="tensorboard", version="")
+    if name == "wandb":
+        if find_spec("wandb") is None:
+            raise ValueError("--logger wandb, but wandb is not installed: pip install wandb")
+        return WandbLogger(name=run_dir.name, project="auto_avsr", group=group, save_dir=run_dir)
+    return False
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what computes: Python and the packages, and the GPU if there is one."""
+    versions = {"python": platform.python_version()}
+    versions |= {name: version(name) for name in PACKAGES}
+    if torch.cuda.is_available():
+        versions["gpu"] = torch.cuda.get_device_name()
+    return versions
+
+
+def set_up_logging(*, debug: bool) -> None:
+    """Sets the level of the log and silences Lightning's advertisements.
+
+    Args:
+        debug: Log at debug level.
+    """
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s %(message)s"
+    )
+    if debug:
+        return
+    for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # Two workers are right for two cores, whatever the number of cores that Lightning sees.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -1,0 +1,75 @@
+#!/usr/bin/env python3
+"""Scores a checkpoint on a test list: hypotheses, word and character error rates."""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from espnet.utils.option_checks import evaluation_problems
+from espnet.utils.options import eval_parser, find_vocabulary, one_line, parse_eval_args
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, str, ArgumentParser]:
+    """Parses and checks the command line; ends with an error that names every problem.
+
+    Args:
+        argv: Command line; None for that of the process.
+
+    Returns:
+        Options, the modality that the model was trained for, and the parser.
+    """
+    parser = eval_parser()
+    args, model_modality = parse_eval_args(parser, argv)
+    if problems := evaluation_problems(args, model_modality):
+        parser.error("; ".join(problems))
+    find_vocabulary(args, parser)
+    return args, model_modality, parser
+
+
+def run(args: Namespace, model_modality: str) -> None:
+    """Decodes, scores and prints.
+
+    Args:
+        args: Options.
+        model_modality: What the model was trained for; `args.modality` may be a part of it.
+
+    Raises:
+        ValueError: If the data, the checkpoint or the hardware does not fit the options.
+    """
+    import pytorch_lightning as pl
+
+    from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+    from espnet.utils.checkpoint import load_weights, read_state_dict
+    from espnet.utils.evaluation import Condition, evaluate, format_summaries
+    from espnet.utils.trainer import build_trainer, set_up_logging
+
+    set_up_logging(debug=args.debug)
+    pl.seed_everything(args.seed, verbose=False)
+    text_transform = build_text_transform(args)
+    data = build_data(args, args.modality, text_transform)
+    data.setup("test")
+    model = build_model(args, model_modality, text_transform)
+    path = Path(args.pretrained_model_path)
+    load_weights(model, read_state_dict(path), path)
+    summaries = evaluate(
+        build_trainer(args, logger=False, enable_checkpointing=False),
+        build_module(args, model, text_transform),
+        {args.modality: data},
+        [Condition(args.modality, snr) for snr in args.decode_snr_target],
+        Path(args.output_dir or path.with_name(f"{path.stem}_results")),
+    )
+    print(format_summaries(summaries))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    args, model_modality, parser = parse_args(argv)
+    try:
+        run(args, model_modality)
+    except ValueError as error:
+        if args.debug:
+            raise
+        parser.error(one_line(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+#!/usr/bin/env python3
+"""Trains a recogniser, averages its last epochs and scores the average on the test list."""
+
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espnet.utils.option_checks import training_problems
+from espnet.utils.options import (
+    DEFAULT_LIST,
+    DEMO_OPTIONS,
+    find_vocabulary,
+    one_line,
+    save_config,
+    train_parser,
+)
+
+if TYPE_CHECKING:  # torch takes seconds to import: not before the options are checked.
+    import pytorch_lightning as pl
+
+    from datamodule.data_module import DataModule
+
+AVERAGED_EPOCHS = 10
+GRADIENT_CLIP = 10.0
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser]:
+    """Parses and checks the command line; ends with an error that names every problem.
+
+    Args:
+        argv: Command line; None for that of the process.
+
+    Returns:
+        Options and parser.
+    """
+    parser = train_parser()
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(**DEMO_OPTIONS)
+        args = parser.parse_args(argv)
+        make_corpus(args, parser)
+    if problems := training_problems(args):
+        parser.error("; ".join(problems))
+    if not args.test_file and (Path(args.root_dir) / "labels" / DEFAULT_LIST).is_file():
+        args.test_file = DEFAULT_LIST
+    find_vocabulary(args, parser)
+    return args, parser
+
+
+def make_corpus(args: Namespace, parser: ArgumentParser) -> None:
+    """Makes the demo corpus in `--root-dir`, unless it is there."""
+    if "LOCAL_RANK" in os.environ:  # The process that started this one has made it.
+        return
+    from datamodule.demo_corpus import make_demo_corpus
+
+    try:
+        make_demo_corpus(args.root_dir)
+    except (ValueError, ImportError) as error:
+        parser.error(one_line(error))
+
+
+def run(args: Namespace) -> None:
+    """Trains, averages and scores.
+
+    Args:
+        args: Options.
+
+    Raises:
+        ValueError: If the data, a checkpoint or the hardware does not fit the options.
+    """
+    import pytorch_lightning as pl
+
+    from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+    from espnet.utils.checkpoint import transfer_weights
+    from espnet.utils.trainer import package_versions, set_up_logging
+
+    set_up_logging(debug=args.debug)
+    pl.seed_everything(args.seed, workers=True, verbose=False)
+    text_transform = build_text_transform(args)
+    data = build_data(args, args.modality, text_transform)
+    data.setup("fit")
+    if args.test_file:
+        data.setup("test")
+    model = build_model(args, args.modality, text_transform)
+    if args.pretrained_model_path:
+        transfer_weights(
+            model,
+            args.pretrained_model_path,
+            frontend=args.transfer_frontend,
+            encoder=args.transfer_encoder,
+        )
+    module = build_module(args, model, text_transform)
+    run_dir = Path(args.exp_dir) / args.exp_name
+    trainer = make_trainer(args, run_dir)
+    if trainer.is_global_zero and not args.fast_dev_run:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(args, run_dir / "config.yaml", package_versions())
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        print(f"Training {weights / 1e6:.2f} M parameters ({args.modality}) in {run_dir}")
+    trainer.fit(module, datamodule=data, ckpt_path=resume_path(args, run_dir), weights_only=True)
+    if args.fast_dev_run or trainer.interrupted:
+        return
+    files = average_and_plot(trainer, run_dir)
+    if args.test_file:
+        files += score(args, trainer, module, data, run_dir)
+    if trainer.is_global_zero:
+        print("Files of the run:", *files, sep="\n  ")
+
+
+def resume_path(args: Namespace, run_dir: Path) -> str | None:
+    """The checkpoint to resume from; None to start anew, also for `last` before there is one."""
+    if args.ckpt_path != "last":
+        return args.ckpt_path
+    last = run_dir / "last.ckpt"
+    return str(last) if last.is_file() else None
+
+
+def make_trainer(args: Namespace, run_dir: Path) -> "pl.Trainer":
+    """Makes the trainer with its callbacks.
+
+    Args:
+        args: Options.
+        run_dir: Folder of the run.
+
+    Returns:
+        The trainer.
+    """
+    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+
+    from espnet.utils.callbacks import MetricsTable, ProgressLines
+    from espnet.utils.trainer import build_logger, build_trainer
+
+    callbacks = []
+    if not args.fast_dev_run:
+        callbacks += [
+            ModelCheckpoint(
+                run_dir,
+                monitor="monitoring_step",
+                mode="max",
+                filename="{epoch}",
+                save_top_k=AVERAGED_EPOCHS,
+                save_last=True,
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                run_dir, monitor="loss_val", filename="best", enable_version_counter=False
+            ),
+            MetricsTable(run_dir / "metrics.csv"),
+        ]
+    if not sys.stderr.isatty():
+        callbacks.append(ProgressLines())
+    logger = build_logger("none" if args.fast_dev_run else args.logger, run_dir, args.group_name)
+    if logger:
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+    return build_trainer(
+        args,
+        callbacks=callbacks,
+        logger=logger,
+        enable_checkpointing=not args.fast_dev_run,
+        max_epochs=args.max_epochs,
+        accumulate_grad_batches=args.accumulate_grad_batches,
+        gradient_clip_val=GRADIENT_CLIP,
+        fast_dev_run=args.fast_dev_run,
+        overfit_batches=args.overfit_batches,
+        default_root_dir=run_dir,
+    )
+
+
+def average_and_plot(trainer: "pl.Trainer", run_dir: Path) -> list[Path]:
+    """Averages the last epochs and draws the learning curve.
+
+    Args:
+        trainer: After training.
+        run_dir: Folder of the run; gets the averaged weights.
+
+    Returns:
+        Files of the run.
+    """
+    import torch
+
+    from espnet.utils.checkpoint import average_checkpoints
+    from espnet.utils.report import plot_learning_curve
+
+    average, curve = run_dir / "model_avg_10.pth", run_dir / "learning_curve.png"
+    saved = trainer.checkpoint_callback.best_k_models  # path -> step
+    epochs = sorted(map(Path, saved), key=lambda path: saved[str(path)])
+    if trainer.is_global_zero:
+        torch.save(average_checkpoints(epochs), average)
+        plot_learning_curve(run_dir / "metrics.csv", curve)
+    trainer.strategy.barrier()
+    others = ("last.ckpt", "best.ckpt", "config.yaml", "metrics.csv")
+    return [average, *epochs, *(run_dir / name for name in others), curve]
+
+
+def score(
+    args: Namespace,
+    trainer: "pl.Trainer",
+    module: "pl.LightningModule",
+    data: "DataModule",
+    run_dir: Path,
+) -> list[Path]:
+    """Scores the averaged weights on the test list and prints the word error rates.
+
+    Args:
+        args: Options.
+        trainer: After training.
+        module: After training; takes the averaged weights.
+        data: Data of the run.
+        run_dir: Folder of the run, with the averaged weights.
+
+    Returns:
+        Files that were written.
+    """
+    from espnet.utils.building import build_data
+    from espnet.utils.checkpoint import load_weights, read_state_dict
+    from espnet.utils.evaluation import Condition, all_conditions, evaluate, format_summaries
+    from espnet.utils.report import plot_wer, wer_table
+
+    average = run_dir / "model_avg_10.pth"
+    load_weights(module.model, read_state_dict(average), average)
+    snrs = args.decode_snr_target
+    conditions = [Condition(args.modality, snr) for snr in snrs]
+    readers = {args.modality: data}
+    if args.demo:
+        conditions = all_conditions(snrs)
+        for modality in ("audio", "video"):
+            readers[modality] = build_data(args, modality, data.text_transform)
+            readers[modality].setup("test")
+    output_dir = run_dir / "test"
+    summaries = evaluate(trainer, module, readers, conditions, output_dir)
+    plot = output_dir / "wer_over_snr.png"
+    if trainer.is_global_zero:
+        plot_wer(summaries, snrs, plot)
+        print(format_summaries(summaries), wer_table(summaries, snrs), sep="\n\n")
+    hypotheses = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
+    return [*hypotheses, output_dir / "summary.json", plot]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    args, parser = parse_args(argv)
+    try:
+        run(args)
+    except ValueError as error:
+        if args.debug:
+            raise
+        parser.error(one_line(error))
+
+
+if __name__ == "__main__":
+    main()
