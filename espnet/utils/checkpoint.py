@@ -42,7 +42,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from None
     except (RuntimeError, EOFError, OSError, KeyError) as error:
         raise ValueError(
-            f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:150]}): it is damaged "
+            f"checkpoint {path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:150]}): it is damaged "
             "or no PyTorch checkpoint"
         ) from None
     if not isinstance(content, Mapping):

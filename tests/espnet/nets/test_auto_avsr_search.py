@@ -1,62 +1,24 @@
 """Figures of auto_avsr: the same weights give the same n-best lists here."""
 
-import json
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
 from espnet.nets.batch_beam_search import BatchBeamSearch
-from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.scorers.ctc import CTCPrefixScorer
 from espnet.nets.scorers.length_bonus import LengthBonus
+from tests import auto_avsr_cases
 
-REFERENCE = Path(__file__).parents[2] / "data" / "auto_avsr_reference.json"
-CASES = {case["modality"]: case for case in json.loads(REFERENCE.read_text())}
+CASES = {case["modality"]: case for case in auto_avsr_cases.CASES}
 SETTINGS = [
     (modality, number) for modality, case in CASES.items() for number in range(len(case["beam"]))
 ]
 
 
-def fill(shapes):
-    """Return the weights that the figures were made with."""
-    state = {}
-    for name, (shape, dtype) in shapes.items():
-        z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
-        if dtype == "int64":
-            value = np.zeros(shape)
-        elif name.endswith("running_var"):
-            value = 1 + 0.1 * np.abs(z)
-        elif name.endswith(("running_mean", ".bias")):
-            value = 0.1 * z
-        elif len(shape) == 1:
-            value = 1 + 0.1 * z
-        else:
-            value = z / np.sqrt(np.prod(shape[1:]))
-        state[name] = torch.tensor(value, dtype=getattr(torch, dtype))
-    return state
-
-
 def encode(case):
     """Return the model and the encoder output of its utterances, each computed alone."""
-    sizes = {name: size for name, size in case["dims"].items() if name != "kernel"}
-    model = E2E(
-        case["odim"],
-        case["modality"],
-        case["ctc_weight"],
-        cnn_module_kernel=case["dims"]["kernel"],
-        **sizes,
-    )
-    model.load_state_dict(fill(case["state_dict"]))
-    model.eval()
-    rng = np.random.RandomState(case["seed"])
-    frames = case["frames"]
-    video = case["modality"] == "video"
-    shape = (max(frames), 1, 88, 88) if video else (640 * max(frames), 1)
-    x = torch.tensor(rng.standard_normal((len(frames), *shape)), dtype=torch.float32)
-    lengths = torch.tensor(frames) * (1 if video else 640)
+    model = auto_avsr_cases.build(case)
+    x, lengths, _ = auto_avsr_cases.inputs(case)
     with torch.no_grad():
         pairs = zip(x, lengths, strict=True)
         return model, [model.encode(one[None], length[None])[0][0] for one, length in pairs]

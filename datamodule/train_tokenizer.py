@@ -1,0 +1,199 @@
+"""Trains a SentencePiece model and writes its units file, from text or from label lists."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+MODEL_TYPES = ("unigram", "bpe")
+UNKNOWN_PIECE = "<unk>"
+CONTROL_PIECES = ("<s>", "</s>")  # the units file has no line for them
+TEXT_FIELD = 3  # of a label list's row, counted from 0
+# A seed piece's count before the first pass; characters count as they occur. With a low one the
+# characters win, and training drops the seed.
+SEED_FREQUENCY = 1_000_000
+SEED_FILE = "seeds.tsv"
+LONGEST_SENTENCE = 1 << 20  # bytes; SentencePiece drops longer ones without a word
+
+
+def train_tokenizer(
+    sentences: Iterable[str],
+    prefix: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    model_type: str = "unigram",
+    seed_pieces: Sequence[str] | None = None,
+) -> dict[str, int]:
+    """Train a SentencePiece model and write PREFIX.model and PREFIX_units.txt.
+
+    The units file has one line `piece id` for each piece that text can give, ids counted from 1 and
+    `<unk>` first. Equal input gives equal bytes.
+
+    Args:
+        sentences: Training text; blank ones are left out.
+        prefix: Path of the files to write, without their endings; the folder is made if needed.
+        vocab_size: Number of pieces, `<unk>`, `<s>` and `</s>` included.
+        model_type: "unigram" or "bpe".
+        seed_pieces: Pieces that a unigram model starts from instead of frequent substrings, as they
+            stand in a model (`▁word`). All characters of the text are added by themselves.
+
+    Returns:
+        The id of each piece in the units file.
+
+    Raises:
+        ValueError: The model type is unknown or does not take seed pieces, there is no text, or
+            the vocabulary is too small or too large for the text.
+    """
+    import sentencepiece
+
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
+    if seed_pieces is not None and model_type != "unigram":
+        raise ValueError(f"seed pieces were given for {model_type}: only unigram starts from them")
+    sentences = [sentence.strip() for sentence in sentences if sentence.strip()]
+    if not sentences:
+        raise ValueError("there is no text to train a tokenizer on: give at least one sentence")
+    options = {}
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        if seed_pieces is not None:
+            lines = "".join(f"{piece}\t{SEED_FREQUENCY}\n" for piece in seed_pieces)
+            (Path(folder) / SEED_FILE).write_text(lines, encoding="utf-8")
+            options["seed_sentencepieces_file"] = SEED_FILE
+        here = os.getcwd()
+        os.chdir(folder)  # the model records the seed file's path: it must not vary
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                character_coverage=1.0,
+                max_sentence_length=LONGEST_SENTENCE,
+                num_threads=1,
+                minloglevel=2,
+                **options,
+            )
+        except (RuntimeError, OSError) as error:
+            cause = str(error).rpartition("] ")[2].strip() or "SentencePiece gives no reason"
+            raise ValueError(f"cannot train with a vocabulary of {vocab_size}: {cause}") from error
+        finally:
+            os.chdir(here)
+    units = _units(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    prefix = Path(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{prefix}.model").write_bytes(model.getvalue())
+    lines = "".join(f"{piece} {index}\n" for piece, index in units.items())
+    Path(f"{prefix}_units.txt").write_text(lines, encoding="utf-8", newline="\n")
+    return units
+
+
+def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Read text files with one sentence a line.
+
+    Args:
+        paths: UTF-8 text files.
+
+    Returns:
+        The lines that are not blank.
+
+    Raises:
+        ValueError: A file cannot be read or is not UTF-8.
+    """
+    return [text for path in paths for _, text in _numbered_lines(path)]
+
+
+def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Read the text of label lists, rows of `dataset,relative/path.mp4,number of frames,text`.
+
+    Args:
+        paths: Label lists whose last field is plain text, which may contain commas.
+
+    Returns:
+        The texts, in order.
+
+    Raises:
+        ValueError: A file cannot be read or is not UTF-8, a row has too few fields, or the last
+            fields of a list are token ids.
+    """
+    sentences = []
+    for path in paths:
+        texts = []
+        for number, line in _numbered_lines(path):
+            fields = line.split(",", TEXT_FIELD)
+            if len(fields) <= TEXT_FIELD:
+                raise ValueError(
+                    f"{path}, line {number}: got {len(fields)} fields, "
+                    "expected dataset,relative/path.mp4,number of frames,text"
+                )
+            texts.append(fields[TEXT_FIELD])
+        if texts and all(word.isdecimal() for text in texts for word in text.split()):
+            raise ValueError(
+                f"{path}: the last field holds token ids, expected plain text: "
+                "train on the transcripts with --text"
+            )
+        sentences.extend(texts)
+    return sentences
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 when the files are written.
+
+    Args:
+        arguments: The command line without the program's name; `sys.argv` if None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m datamodule.train_tokenizer",
+        description="Train a SentencePiece model; writes PREFIX.model and PREFIX_units.txt.",
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", metavar="FILE", help="text, one sentence a line")
+    source.add_argument(
+        "--labels", nargs="+", metavar="LIST", help="label lists with plain text in the last field"
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
+    parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram")
+    parser.add_argument("--output", required=True, metavar="PREFIX")
+    options = parser.parse_args(arguments)
+    try:
+        sentences = (
+            read_sentences(options.text) if options.text else read_label_sentences(options.labels)
+        )
+        units = train_tokenizer(
+            sentences,
+            options.output,
+            vocab_size=options.vocab_size,
+            model_type=options.model_type,
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"{options.output}.model and {options.output}_units.txt: {len(units)} units")
+    return 0
+
+
+def _units(processor: object) -> dict[str, int]:
+    """Number the pieces of a SentencePieceProcessor from 1, in the model's order."""
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    kept = [piece for piece in pieces if piece not in (UNKNOWN_PIECE, *CONTROL_PIECES)]
+    return {piece: number for number, piece in enumerate([UNKNOWN_PIECE, *kept], start=1)}
+
+
+def _numbered_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
+    """Read the lines of a file that are not blank, with their numbers from 1."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: convert the file first") from error
+    lines = enumerate(text.splitlines(), start=1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
+
+ODIM, DIM, BEAM = 11, 16, 3
+
+
+@pytest.fixture
+def decoder():
+    torch.manual_seed(0)
+    return TransformerDecoder(
+        odim=ODIM,
+        attention_dim=DIM,
+        attention_heads=2,
+        linear_units=32,
+        num_blocks=2,
+        dropout_rate=0.0,
+    )
+
+
+def test_agrees_with_pytorchs_own_decoder_layers(decoder):
+    """The same weights in `torch.nn.TransformerDecoderLayer`."""
+    tokens, memory = torch.randint(ODIM, (2, 5)), torch.randn(2, 7, DIM)
+    lengths = torch.tensor([7, 4])
+    x = decoder.embed(tokens)
+    padding = torch.arange(7) >= lengths.unsqueeze(1)
+    for layer in decoder.decoders:
+        theirs = torch.nn.TransformerDecoderLayer(
+            DIM, 2, 32, 0.0, layer_norm_eps=1e-12, batch_first=True, norm_first=True
+        )
+        for name, ours in (("self_attn", layer.self_attn), ("multihead_attn", layer.src_attn)):
+            attention = getattr(theirs, name)
+            parts = (ours.linear_q, ours.linear_k, ours.linear_v)
+            attention.in_proj_weight.data = torch.cat([part.weight for part in parts])
+            attention.in_proj_bias.data = torch.cat([part.bias for part in parts])
+            attention.out_proj = ours.linear_out
+        theirs.linear1, theirs.linear2 = layer.feed_forward.w_1, layer.feed_forward.w_2
+        theirs.norm1, theirs.norm2, theirs.norm3 = layer.norm1, layer.norm2, layer.norm3
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(5)
+        x = theirs(x, memory, tgt_mask=causal, memory_key_padding_mask=padding)
+    expected = decoder.output_layer(decoder.after_norm(x))
+    torch.testing.assert_close(decoder(tokens, memory, lengths), expected)
+
+
+def test_cached_steps_agree_with_teacher_forcing(decoder):
+    """Beams whose hypotheses are reordered at every step, and an utterance that is dropped."""
+    decoder.eval()
+    memory, lengths = torch.randn(2, 7, DIM), torch.tensor([7, 4])
+    generator = torch.Generator().manual_seed(1)
+    prefixes = torch.full((2 * BEAM, 1), ODIM - 1)
+    state = decoder.init(memory, lengths, BEAM)
+    utterances = torch.arange(2).repeat_interleave(BEAM)
+    for step in range(5):
+        scores, state = decoder.score(prefixes[:, -1], state)
+        assert scores.dtype == torch.float32
+        expected = decoder(prefixes, memory[utterances], lengths[utterances])[:, -1]
+        torch.testing.assert_close(scores, expected.log_softmax(dim=-1))
+        index = torch.arange(len(prefixes)).view(-1, BEAM)
+        index = index.gather(1, torch.randint(BEAM, index.shape, generator=generator)).flatten()
+        if step == 2:  # The first utterance is finished.
+            index = index[BEAM:]
+        state = decoder.reorder(state, index)
+        tokens = torch.randint(ODIM, (len(index), 1), generator=generator)
+        prefixes = torch.cat([prefixes[index], tokens], dim=1)
+        utterances = utterances[index]
+
+
+def test_memory_is_kept_once_an_utterance(decoder):
+    state = decoder.init(torch.randn(2, 7, DIM), torch.tensor([7, 4]), BEAM)
+    assert all(part.shape == (2, 2, 7, DIM // 2) for pair in state.memory for part in pair)
+
+
+def test_padded_memory_changes_nothing(decoder):
+    tokens, memory = torch.randint(ODIM, (1, 4)), torch.randn(1, 6, DIM)
+    padded = torch.cat([memory, torch.full((1, 3, DIM), 9.0)], dim=1)
+    expected = decoder(tokens, memory, torch.tensor([6]))
+    torch.testing.assert_close(decoder(tokens, padded, torch.tensor([6])), expected)
+
+
+def test_gradients_are_finite(decoder):
+    logits = decoder(torch.randint(ODIM, (2, 5)), torch.randn(2, 7, DIM), torch.tensor([7, 4]))
+    logits.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in decoder.parameters())
