@@ -39,7 +39,7 @@ def run(args: Namespace, model_modality: str) -> None:
 
     from espnet.utils.building import build_data, build_model, build_module, build_text_transform
     from espnet.utils.checkpoint import load_weights, read_state_dict
-    from espnet.utils.evaluation import Condition, evaluate, format_summaries
+    from espnet.utils.evaluation import conditions_of, evaluate, format_summaries
     from espnet.utils.trainer import build_trainer, set_up_logging
 
     set_up_logging(debug=args.debug)
@@ -51,13 +51,19 @@ def run(args: Namespace, model_modality: str) -> None:
     path = Path(args.pretrained_model_path)
     load_weights(model, read_state_dict(path), path)
     summaries = evaluate(
-        build_trainer(args, logger=False, enable_checkpointing=False),
+        build_trainer(args, model, logger=False, enable_checkpointing=False),
         build_module(args, model, text_transform),
         {args.modality: data},
-        [Condition(args.modality, snr) for snr in args.decode_snr_target],
-        Path(args.output_dir or path.with_name(f"{path.stem}_results")),
+        conditions_of(args.modality, args.decode_snr_target),
+        Path(args.output_dir or default_output_dir(args)),
     )
     print(format_summaries(summaries))
+
+
+def default_output_dir(args: Namespace) -> Path:
+    """A folder beside the checkpoint for each test list and modality."""
+    checkpoint = Path(args.pretrained_model_path)
+    return checkpoint.with_name(f"{checkpoint.stem}_{Path(args.test_file).stem}_{args.modality}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     args, model_modality, parser = parse_args(argv)
     try:
         run(args, model_modality)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         parser.error(one_line(error))

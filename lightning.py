@@ -1,5 +1,6 @@
 """Lightning module: loss, optimiser, schedule, validation and decoding of a recogniser."""
 
+import logging
 import math
 import time
 from typing import Any
@@ -17,6 +18,8 @@ from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.scorers.ctc import CTCPrefixScorer
 from espnet.nets.scorers.length_bonus import LengthBonus
 from espnet.utils.evaluation import Decoded
+
+logger = logging.getLogger(__name__)
 
 VALIDATION_SUMS = ("loss_val", "loss_ctc_val", "loss_att_val", "decoder_acc_val")
 
@@ -103,11 +106,17 @@ class ModelModule(pl.LightningModule):
         self.decoded: dict[int, list[Decoded]] = {}
         self._validation_sums: Tensor | None = None
         self._statistics: list[Tensor] = []
+        self._utterances = 0.0  # of the current step, in all processes
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, with a rate that rises linearly and then falls along a cosine, by step."""
         optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.98)
+            self.model.parameters(),
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            betas=(0.9, 0.98),
+            # Lightning refuses to clip what a fused step would unscale.
+            fused=None if self.trainer.precision == "16-mixed" else True,
         )
         steps = self.trainer.estimated_stepping_batches
         warmup_steps = steps * self.warmup_epochs / self.trainer.max_epochs
@@ -124,16 +133,17 @@ class ModelModule(pl.LightningModule):
         entropy = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._utterances = 0.0
             self._statistics = [buffer.clone() for buffer in self.model.buffers()]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Loss of a batch, scaled so that processes average to the mean over all utterances."""
+        """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
-        everywhere = self.trainer.strategy.reduce(
-            torch.tensor(float(size), device=self.device), reduce_op="sum"
-        )
-        if size == 0:  # Every clip was bad; the other processes still wait for our gradients.
+        sizes = torch.tensor([float(size), float(size == 0)], device=self.device)
+        everywhere, empty = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
+        self._count("skipped_utterances", size if empty else 0)
+        if empty:  # Some process has bad clips only: none can compute batch statistics with it.
             return sum(parameter.sum() * 0.0 for parameter in self.model.parameters())
         memory, memory_lengths = self.model.encode(*model_inputs(batch))
         loss, loss_ctc, loss_att, accuracy = self.model.losses(
@@ -141,11 +151,16 @@ class ModelModule(pl.LightningModule):
         )
         too_short = memory_lengths < ctc_frames_needed(batch["targets"])
         self._count("short_utterances", too_short.sum())
-        self.log("loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
-        values = {"loss_ctc": loss_ctc, "loss_att": loss_att, "decoder_acc": accuracy}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=size)
+        self.log("loss_step", loss, prog_bar=True, batch_size=size)
+        if loss.isfinite():
+            values = {"loss": loss, "loss_ctc": loss_ctc, "loss_att": loss_att}
+            values["decoder_acc"] = accuracy
+            self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("monitoring_step", float(self.global_step), batch_size=size)
-        return loss * (size * self.trainer.world_size / everywhere)
+        self._utterances += everywhere
+        # Processes and accumulated batches are averaged after this; `configure_gradient_clipping`
+        # divides by the utterances of the whole step, once they are known.
+        return loss * (size * self.trainer.world_size * self.trainer.accumulate_grad_batches)
 
     def configure_gradient_clipping(
         self,
@@ -153,9 +168,14 @@ class ModelModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips gradients; a step whose gradients are not finite is undone and counted."""
+        """Averages and clips gradients; a step that is not finite is undone and counted."""
+        if not self._utterances:
+            optimizer.zero_grad(set_to_none=True)  # AdamW then leaves weights and moments alone.
+            return
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        finite = torch.nn.utils.get_total_norm(gradients).isfinite().float()
+        for gradient in gradients:
+            gradient.div_(self._utterances)
+        finite = torch.nn.utils.get_total_norm(gradients).isfinite().float().to(self.device)
         finite = self.trainer.strategy.reduce(finite, reduce_op="min")
         self._count("nonfinite_steps", 1 - finite)
         if finite:
@@ -165,7 +185,7 @@ class ModelModule(pl.LightningModule):
                 gradient_clip_algorithm=gradient_clip_algorithm,
             )
             return
-        optimizer.zero_grad(set_to_none=True)  # AdamW then leaves weights and moments alone.
+        optimizer.zero_grad(set_to_none=True)
         for buffer, before in zip(self.model.buffers(), self._statistics, strict=True):
             buffer.copy_(before)
 
@@ -183,6 +203,9 @@ class ModelModule(pl.LightningModule):
         targets = batch["targets"]
         memory, memory_lengths = self.model.encode(*model_inputs(batch))
         values = self.model.losses(memory, memory_lengths, targets)
+        if not values[0].isfinite():
+            logger.warning("the loss of a validation batch is not finite: it is left out")
+            return
         texts = [self.text_transform.post_process(row) for row in targets]
         found = [
             self.text_transform.post_process(tokens)
@@ -199,8 +222,8 @@ class ModelModule(pl.LightningModule):
         sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
         *means, utterances, errors, words = sums.tolist()
         for name, value in zip(VALIDATION_SUMS, means, strict=True):
-            self.log(name, value / utterances, rank_zero_only=False)
-        self.log("wer_val", errors / words, prog_bar=True)
+            self.log(name, value / max(utterances, 1.0))
+        self.log("wer_val", errors / max(words, 1.0), prog_bar=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Decodes a batch into `decoded[dataloader_idx]`."""

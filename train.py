@@ -3,6 +3,7 @@
 
 import os
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +22,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the options are c
     import pytorch_lightning as pl
 
     from datamodule.data_module import DataModule
+    from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 
-AVERAGED_EPOCHS = 10
 GRADIENT_CLIP = 10.0
 
 
@@ -51,13 +52,15 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser
 
 def make_corpus(args: Namespace, parser: ArgumentParser) -> None:
     """Makes the demo corpus in `--root-dir`, unless it is there."""
-    if "LOCAL_RANK" in os.environ:  # The process that started this one has made it.
+    if any(int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "SLURM_PROCID", "RANK")):
+        while not (Path(args.root_dir) / "corpus.json").is_file():
+            time.sleep(1)  # The first process makes it.
         return
     from datamodule.demo_corpus import make_demo_corpus
 
     try:
         make_demo_corpus(args.root_dir)
-    except (ValueError, ImportError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         parser.error(one_line(error))
 
 
@@ -71,9 +74,10 @@ def run(args: Namespace) -> None:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
     """
     import pytorch_lightning as pl
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from espnet.utils.building import build_data, build_model, build_module, build_text_transform
-    from espnet.utils.checkpoint import transfer_weights
+    from espnet.utils.checkpoint import load_weights, read_state_dict, transfer_weights
     from espnet.utils.trainer import package_versions, set_up_logging
 
     set_up_logging(debug=args.debug)
@@ -91,20 +95,28 @@ def run(args: Namespace) -> None:
             frontend=args.transfer_frontend,
             encoder=args.transfer_encoder,
         )
-    module = build_module(args, model, text_transform)
     run_dir = Path(args.exp_dir) / args.exp_name
-    trainer = make_trainer(args, run_dir)
+    resume = resume_path(args, run_dir)
+    if resume:
+        check_resumable(resume, model)
+    module = build_module(args, model, text_transform)
+    trainer = make_trainer(args, model, run_dir)
     if trainer.is_global_zero and not args.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(args, run_dir / "config.yaml", package_versions())
         weights = sum(parameter.numel() for parameter in model.parameters())
         print(f"Training {weights / 1e6:.2f} M parameters ({args.modality}) in {run_dir}")
-    trainer.fit(module, datamodule=data, ckpt_path=resume_path(args, run_dir), weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses the options: {one_line(error)}") from None
     if args.fast_dev_run or trainer.interrupted:
         return
-    files = average_and_plot(trainer, run_dir)
+    average = run_dir / f"model_avg_{args.average_epochs}.pth"
+    files = [average, *average_and_plot(trainer, run_dir, average)]
     if args.test_file:
-        files += score(args, trainer, module, data, run_dir)
+        load_weights(module.model, read_state_dict(average), average)
+        files += score(args, trainer, module, data, run_dir / "test")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
 
@@ -117,11 +129,32 @@ def resume_path(args: Namespace, run_dir: Path) -> str | None:
     return str(last) if last.is_file() else None
 
 
-def make_trainer(args: Namespace, run_dir: Path) -> "pl.Trainer":
+def check_resumable(path: str, model: "E2E") -> None:
+    """Makes sure that a checkpoint can be resumed from, before anything is written.
+
+    Args:
+        path: Checkpoint.
+        model: Model of the run; takes its weights.
+
+    Raises:
+        ValueError: If it cannot be read, holds weights only, or does not fit the model.
+    """
+    from espnet.utils.checkpoint import load_weights, read_checkpoint, read_state_dict
+
+    if "optimizer_states" not in read_checkpoint(path):
+        raise ValueError(
+            f"--ckpt-path {path} holds weights only, a checkpoint of a run (.ckpt) is expected: to "
+            "start from weights, use --pretrained-model-path"
+        )
+    load_weights(model, read_state_dict(path), path)
+
+
+def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
     """Makes the trainer with its callbacks.
 
     Args:
         args: Options.
+        model: What is to be trained.
         run_dir: Folder of the run.
 
     Returns:
@@ -140,7 +173,7 @@ def make_trainer(args: Namespace, run_dir: Path) -> "pl.Trainer":
                 monitor="monitoring_step",
                 mode="max",
                 filename="{epoch}",
-                save_top_k=AVERAGED_EPOCHS,
+                save_top_k=args.average_epochs,
                 save_last=True,
                 enable_version_counter=False,
             ),
@@ -156,6 +189,7 @@ def make_trainer(args: Namespace, run_dir: Path) -> "pl.Trainer":
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return build_trainer(
         args,
+        model,
         callbacks=callbacks,
         logger=logger,
         enable_checkpointing=not args.fast_dev_run,
@@ -168,30 +202,33 @@ def make_trainer(args: Namespace, run_dir: Path) -> "pl.Trainer":
     )
 
 
-def average_and_plot(trainer: "pl.Trainer", run_dir: Path) -> list[Path]:
+def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> list[Path]:
     """Averages the last epochs and draws the learning curve.
 
     Args:
         trainer: After training.
-        run_dir: Folder of the run; gets the averaged weights.
+        run_dir: Folder of the run.
+        average: File to write the averaged weights to.
 
     Returns:
-        Files of the run.
+        The other files of the run.
     """
     import torch
 
     from espnet.utils.checkpoint import average_checkpoints
     from espnet.utils.report import plot_learning_curve
 
-    average, curve = run_dir / "model_avg_10.pth", run_dir / "learning_curve.png"
+    curve = run_dir / "learning_curve.png"
     saved = trainer.checkpoint_callback.best_k_models  # path -> step
     epochs = sorted(map(Path, saved), key=lambda path: saved[str(path)])
+    epochs = epochs or [run_dir / "last.ckpt"]  # A finished run that was moved and resumed.
     if trainer.is_global_zero:
         torch.save(average_checkpoints(epochs), average)
         plot_learning_curve(run_dir / "metrics.csv", curve)
     trainer.strategy.barrier()
     others = ("last.ckpt", "best.ckpt", "config.yaml", "metrics.csv")
-    return [average, *epochs, *(run_dir / name for name in others), curve]
+    files = [*epochs, *(run_dir / name for name in others), curve]
+    return [path for path in files if path.is_file()]
 
 
 def score(
@@ -199,36 +236,32 @@ def score(
     trainer: "pl.Trainer",
     module: "pl.LightningModule",
     data: "DataModule",
-    run_dir: Path,
+    output_dir: Path,
 ) -> list[Path]:
-    """Scores the averaged weights on the test list and prints the word error rates.
+    """Scores the model on the test list and prints the word error rates.
 
     Args:
         args: Options.
         trainer: After training.
-        module: After training; takes the averaged weights.
+        module: With the averaged weights.
         data: Data of the run.
-        run_dir: Folder of the run, with the averaged weights.
+        output_dir: Folder for hypotheses, summary and plot.
 
     Returns:
         Files that were written.
     """
     from espnet.utils.building import build_data
-    from espnet.utils.checkpoint import load_weights, read_state_dict
-    from espnet.utils.evaluation import Condition, all_conditions, evaluate, format_summaries
+    from espnet.utils.evaluation import all_conditions, conditions_of, evaluate, format_summaries
     from espnet.utils.report import plot_wer, wer_table
 
-    average = run_dir / "model_avg_10.pth"
-    load_weights(module.model, read_state_dict(average), average)
     snrs = args.decode_snr_target
-    conditions = [Condition(args.modality, snr) for snr in snrs]
+    conditions = conditions_of(args.modality, snrs)
     readers = {args.modality: data}
-    if args.demo:
+    if args.demo and any(args.modality_dropout):
         conditions = all_conditions(snrs)
         for modality in ("audio", "video"):
             readers[modality] = build_data(args, modality, data.text_transform)
             readers[modality].setup("test")
-    output_dir = run_dir / "test"
     summaries = evaluate(trainer, module, readers, conditions, output_dir)
     plot = output_dir / "wer_over_snr.png"
     if trainer.is_global_zero:
@@ -243,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     args, parser = parse_args(argv)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         parser.error(one_line(error))

@@ -58,6 +58,7 @@ class AVDataset(Dataset):
         audio_transform: Applied to the audio; None leaves the audio out.
         training: Whether the random transforms differ from epoch to epoch.
         seed: Seed of masks, crops and noise.
+        max_frames: Most frames that a clip may really have, whatever its list says.
         skip_bad_clips: Whether a clip that cannot be read is logged and gives None.
 
     Raises:
@@ -75,6 +76,7 @@ class AVDataset(Dataset):
         audio_transform: AudioTransform | None = None,
         training: bool = False,
         seed: int = 0,
+        max_frames: int | None = None,
         skip_bad_clips: bool = False,
     ) -> None:
         if video_transform is None and audio_transform is None:
@@ -86,6 +88,7 @@ class AVDataset(Dataset):
         self.audio_transform = audio_transform
         self.training = training
         self.seed = seed
+        self.max_frames = max_frames
         self.skip_bad_clips = skip_bad_clips
         if labels.holds_ids:
             labels.check_token_ids(self._id_vocabulary.odim - 2)
@@ -161,10 +164,25 @@ class AVDataset(Dataset):
         state = np.random.SeedSequence(key).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]))
 
+    def _check_length(
+        self, path: str, video: torch.Tensor | None, audio: torch.Tensor | None
+    ) -> None:
+        """Refuse clips that are longer than a batch or shorter than a frame."""
+        frames = len(video) if video is not None else len(audio) // SAMPLES_PER_FRAME
+        if frames == 0:
+            raise MediaError(path, "its sound is shorter than a frame, expected at least 0.04 s")
+        if self.max_frames is not None and frames > self.max_frames:
+            raise MediaError(
+                path,
+                f"it has {frames} frames, expected at most {self.max_frames}; raise --max-frames "
+                "or remove it",
+            )
+
     def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         path = self.path(index)
         video = read_video(path) if self.video_transform else None  # (T, H, W)
         audio = read_audio(find_audio(path)) if self.audio_transform else None  # (S,)
+        self._check_length(path, video, audio)
         if video is not None and audio is not None:
             audio = _fit_to_video(audio, len(video), path)
         streams = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 from datamodule.av_dataset import AVDataset, Vocabulary
 from datamodule.label_list import LabelList
 from datamodule.loaders import STREAMS, ClipLoader, ResumableLoader
+from datamodule.media import MediaError, find_audio
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
 from datamodule.transforms import CLEAN_SNR, AudioTransform, VideoTransform, needs_noise
@@ -107,7 +109,7 @@ class DataModule(pl.LightningDataModule):
         Raises:
             ValueError: A list is not given, cannot be read or is malformed, or an utterance is
                 longer than `max_frames` (in training only without `skip_bad_clips`).
-            MediaError: A noise file cannot be read.
+            MediaError: A clip is missing, or a noise file cannot be read.
         """
         if stage == "fit" or (stage is None and self.train_file):
             if self.train_dataset is None:
@@ -185,6 +187,8 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
         self._check_lengths(labels, may_skip=training and self.skip_bad_clips)
+        if not (training and self.skip_bad_clips):
+            self._check_files(labels)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         return AVDataset(
             labels=labels,
@@ -196,6 +200,7 @@ class DataModule(pl.LightningDataModule):
             audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
             training=training,
             seed=self.seed,
+            max_frames=self.max_frames,
             skip_bad_clips=training and self.skip_bad_clips,
         )
 
@@ -223,6 +228,15 @@ class DataModule(pl.LightningDataModule):
         if file not in self._labels:
             self._labels[file] = LabelList(self.root_dir, file)
         return self._labels[file]
+
+    def _check_files(self, labels: LabelList) -> None:
+        """Refuse a list whose files are missing; what is in them is seen when they are read."""
+        for index in range(len(labels)):
+            path = labels.path(index)
+            if "video" not in self.streams:
+                path = find_audio(path)
+            if not os.path.isfile(path):
+                raise MediaError(path, f"it does not exist, but {labels.where(index)} names it")
 
     def _check_lengths(self, labels: LabelList, *, may_skip: bool) -> None:
         too_long = labels.longer_than(self.max_frames)

@@ -78,7 +78,7 @@ def draw_face(random: np.random.Generator) -> Face:
     skin = SKIN_COLOURS[0] + darkness * (SKIN_COLOURS[1] - SKIN_COLOURS[0])
     lips = LIP_COLOURS[0] + darkness * (LIP_COLOURS[1] - LIP_COLOURS[0])
     return Face(
-        half_width=random.uniform(28.0, 34.0),
+        half_width=random.uniform(21.0, 26.0),
         centre=(48 + random.uniform(-3, 3), 48 + random.uniform(-3, 3)),
         tilt=random.uniform(-0.05, 0.05),
         upper_lip=random.uniform(0.22, 0.34),

@@ -43,7 +43,7 @@ SENTENCES_PER_SPEAKER = 4  # at least, so that a small corpus has few speakers
 
 PITCHES = (38, 62)
 PITCH_RANGES = (35, 65)
-RATES = (138, 168)  # words per minute
+RATES = (160, 195)  # words per minute
 
 
 @dataclass(frozen=True)

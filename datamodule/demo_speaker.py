@@ -25,7 +25,7 @@ from datamodule.demo_speech import Phoneme, Synthesizer, Voice
 from datamodule.demo_visemes import shape_track
 from datamodule.media import AUDIO_RATE, SAMPLES_PER_FRAME, write_audio, write_video
 
-PAUSES_S = (0.08, 0.2)  # silence before and after a sentence
+PAUSES_S = (0.05, 0.1)  # silence before and after a sentence
 RATE_SPREAD = 0.05  # of the speaker's rate, from sentence to sentence
 PITCH_SPREAD = 3
 ROOM_NOISE = 0.0005  # root mean square, full scale 1

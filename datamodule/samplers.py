@@ -105,18 +105,29 @@ class LongestFirstBatchSampler(Sampler[Batch]):
         lengths: Number of frames of each utterance (N,).
         max_frames: Most frames of a batch, counting the padding; a longer utterance is alone.
         rank: Number of this process.
-        world_size: Number of processes; some may get one batch fewer.
+        world_size: Number of processes; some may get one batch fewer, but none gets none.
+
+    Raises:
+        ValueError: There are fewer utterances than processes.
     """
 
     def __init__(
         self, lengths: np.ndarray, *, max_frames: int, rank: int = 0, world_size: int = 1
     ) -> None:
-        order = np.argsort(-lengths.astype(np.int64), kind="stable")
+        if len(lengths) < world_size:
+            raise ValueError(
+                f"got {len(lengths)} utterances to evaluate for {world_size} processes, expected "
+                "at least one for each; use fewer devices"
+            )
+        order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
         batches, begin = [], 0
         while begin < len(order):
             end = begin + max(1, max_frames // int(lengths[order[begin]]))
-            batches.append([(index, 0) for index in order[begin:end].tolist()])
+            batches.append([(index, 0) for index in order[begin:end]])
             begin = end
+        while len(batches) < world_size:
+            largest = max(batches, key=len)
+            batches.append([largest.pop() for _ in range(len(largest) // 2)])
         self._batches = batches[rank::world_size]
 
     def __len__(self) -> int:

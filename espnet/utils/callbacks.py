@@ -13,7 +13,7 @@ COLUMNS = {
     "step": None,
     "seconds": None,
     "lr": None,
-    "loss": "loss_epoch",
+    "loss": "loss",
     "loss_ctc": "loss_ctc",
     "loss_att": "loss_att",
     "decoder_acc": "decoder_acc",
@@ -23,6 +23,7 @@ COLUMNS = {
     "decoder_acc_val": "decoder_acc_val",
     "wer_val": "wer_val",
     "bad_clips": "bad_clips",
+    "skipped_utterances": "skipped_utterances",
     "short_utterances": "short_utterances",
     "nonfinite_steps": "nonfinite_steps",
 }
@@ -102,7 +103,7 @@ class ProgressLines(pl.Callback):
     ) -> None:
         """Prints the training loss."""
         if (batch_idx + 1) % self.every == 0:
-            loss = float(trainer.callback_metrics["loss_step"])
+            loss = float(trainer.callback_metrics.get("loss_step", float("nan")))
             print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
                 f"batch {batch_idx + 1}/{trainer.num_training_batches} loss {loss:.3f}",
@@ -113,6 +114,6 @@ class ProgressLines(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         """Prints the epoch's figures."""
         metrics = trainer.callback_metrics
-        names = ("loss_epoch", "loss_val", "decoder_acc_val", "wer_val")
+        names = ("loss", "loss_val", "decoder_acc_val", "wer_val")
         values = " ".join(f"{name} {float(metrics[name]):.3f}" for name in names if name in metrics)
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} done: {values}", flush=True)

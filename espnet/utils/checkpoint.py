@@ -40,10 +40,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} is not loaded, since it holds more than tensors and plain values "
             f"({detail.strip()[:150]}): save its state dict alone"
         ) from None
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except Exception as error:  # Whatever a damaged file makes the reader stumble over.
+        cause = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise ValueError(
-            f"checkpoint {path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0][:150]}): it is damaged "
-            "or no PyTorch checkpoint"
+            f"checkpoint {path} cannot be read ({cause}): it is damaged or no PyTorch checkpoint"
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -65,14 +65,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ValueError: As `read_checkpoint`, or if there are no weights.
     """
     content = read_checkpoint(path)
+    state = content.get("state_dict", content.get("model_state_dict", content))
+    if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"checkpoint {path} holds no weights by name: a state dict is expected")
     if "state_dict" in content:
         state = {
             name.removeprefix("model."): value
-            for name, value in content["state_dict"].items()
+            for name, value in state.items()
             if name.startswith("model.")
         }
-    else:
-        state = content.get("model_state_dict", content)
     state = {
         f"frontend.{name}" if name.startswith(BARE_FRONTEND) else name: value
         for name, value in state.items()

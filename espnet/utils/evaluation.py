@@ -125,8 +125,23 @@ class ConditionLoaders(pl.LightningDataModule):
         return loaders
 
 
+def conditions_of(modality: str, snrs: Sequence[float]) -> list[Condition]:
+    """One modality at every noise level; video, which has no noise, once.
+
+    Args:
+        modality: `audio`, `video` or `audiovisual`.
+        snrs: In dB.
+
+    Returns:
+        Conditions.
+    """
+    if modality == "video":
+        return [Condition(modality)]
+    return [Condition(modality, snr) for snr in snrs]
+
+
 def all_conditions(snrs: Sequence[float]) -> list[Condition]:
-    """Every modality at every noise level; video, which has no noise, once.
+    """Every modality at every noise level.
 
     Args:
         snrs: In dB.
@@ -134,8 +149,8 @@ def all_conditions(snrs: Sequence[float]) -> list[Condition]:
     Returns:
         Conditions.
     """
-    audible = [Condition(m, snr) for m in ("audio", "audiovisual") for snr in snrs]
-    return [*audible[: len(snrs)], Condition("video"), *audible[len(snrs) :]]
+    modalities = ("audio", "video", "audiovisual")
+    return [condition for m in modalities for condition in conditions_of(m, snrs)]
 
 
 def evaluate(

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,21 +18,25 @@ DEMO_OPTIONS = {
     "val_file": "val.csv",
     "test_file": "test.csv",
     "modality": "audiovisual",
-    "modality_dropout": (0.25, 0.25),
-    "crop_size": 64,
+    "modality_dropout": (0.3, 0.3),
+    "audio_encoder": "fbank",
+    "crop_size": 48,
     "video_width": 8,
     "audio_width": 16,
-    "adim": 144,
+    "adim": 128,
     "aheads": 4,
-    "eunits": 576,
+    "eunits": 256,
     "elayers": 3,
-    "dunits": 576,
-    "dlayers": 2,
+    "dunits": 256,
+    "dlayers": 1,
     "ctc_weight": 0.5,
-    "lr": 1.5e-3,
-    "max_frames": 480,
-    "max_epochs": 13,
-    "warmup_epochs": 1.3,
+    "lr": 2e-3,
+    "max_frames": 360,
+    "dropout_rate": 0.05,
+    "max_epochs": 10,
+    "average_epochs": 3,
+    "warmup_epochs": 1,
+    "num_workers": 1,
     "beam_size": 10,
     "ctc_decode_weight": 0.3,
     "decode_snr_target": [CLEAN_SNR, 10.0, 5.0, 0.0, -5.0],
@@ -39,6 +44,7 @@ DEMO_OPTIONS = {
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
 MODALITIES = ("audio", "video", "audiovisual")
 MODEL_OPTIONS = (
+    "audio_encoder",
     "adim",
     "aheads",
     "eunits",
@@ -99,6 +105,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def finite(text: str) -> float:
+    """Parses a number that is neither infinite nor NaN."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ArgumentTypeError(f"{value} is out of range: a finite number is expected")
+    return value
+
+
 def probability(text: str) -> float:
     """Parses a number in [0, 1]."""
     value = float(text)
@@ -127,7 +141,8 @@ def add_run_options(parser: ArgumentParser) -> None:
         "--logger",
         choices=("csv", "tensorboard", "wandb", "none"),
         default="tensorboard",
-        help="where curves go beside metrics.csv, which is always written (%(default)s)",
+        help="where curves go beside metrics.csv, which is always written: csv and none mean "
+        "nowhere else (%(default)s)",
     )
     group.add_argument(
         "--ckpt-path",
@@ -140,7 +155,11 @@ def add_run_options(parser: ArgumentParser) -> None:
         help="one training and one validation batch, no files",
     )
     group.add_argument(
-        "--overfit-batches", type=batches, default=0, metavar="N", help="train on N fixed batches"
+        "--overfit-batches",
+        type=batches,
+        default=0,
+        metavar="N",
+        help="train and validate on N fixed batches, or on a share of them",
     )
 
 
@@ -180,7 +199,8 @@ def add_data_options(parser: ArgumentParser, *, training: bool) -> None:
         "--noise-file",
         nargs="+",
         metavar="WAV",
-        help="noise recordings (default: babble mixed from the training utterances)",
+        help="noise recordings (default: babble mixed from the training utterances, or from the "
+        "test list if there is no training list)",
     )
     group.add_argument(
         "--sp-model-path",
@@ -204,6 +224,13 @@ def add_model_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--modality", choices=MODALITIES, help="streams that the model takes", default=None
+    )
+    group.add_argument(
+        "--audio-encoder",
+        choices=("resnet1d", "fbank"),
+        default="resnet1d",
+        help="audio front-end: auto_avsr's ResNet on the waveform, or a log-mel filter bank with "
+        "two convolutions (%(default)s)",
     )
     group.add_argument("--adim", type=count, default=768, help="feature size (%(default)s)")
     group.add_argument("--aheads", type=count, default=12, help="attention heads (%(default)s)")
@@ -259,6 +286,12 @@ def add_optimiser_options(parser: ArgumentParser) -> None:
     group.add_argument("--lr", type=positive, default=1e-3, help="highest rate (%(default)s)")
     group.add_argument("--weight-decay", type=non_negative, default=0.03, help="(%(default)s)")
     group.add_argument(
+        "--average-epochs",
+        type=count,
+        default=10,
+        help="last epochs that are kept, and averaged into model_avg_N.pth (%(default)s)",
+    )
+    group.add_argument(
         "--accumulate-grad-batches", type=count, default=1, help="batches a step (%(default)s)"
     )
 
@@ -295,7 +328,7 @@ def add_decoding_options(parser: ArgumentParser) -> None:
         "--ctc-decode-weight", type=probability, default=0.1, help="CTC's share (%(default)s)"
     )
     group.add_argument(
-        "--length-bonus", type=float, default=0.0, help="score of every token (%(default)s)"
+        "--length-bonus", type=finite, default=0.0, help="score of every token (%(default)s)"
     )
     group.add_argument(
         "--decode-max-frames",
@@ -305,7 +338,7 @@ def add_decoding_options(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--decode-snr-target",
-        type=float,
+        type=finite,
         nargs="+",
         default=[CLEAN_SNR],
         metavar="DB",
@@ -364,8 +397,18 @@ def parse_eval_args(
         add(inherited)
     add_data_options(inherited, training=True)
     names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
-    config = load_config(parser.parse_args(argv).pretrained_model_path)
+    given = parser.parse_args(argv)
+    try:
+        config = load_config(given.pretrained_model_path)
+    except ValueError as error:
+        parser.error(str(error))
     run = {name: value for name, value in config.items() if name in names and value is not None}
+    if given.sp_model_path:  # The run's units belong to its own model.
+        run.pop("dict_path", None)
+    for name in ("sp_model_path", "dict_path", "noise_file"):  # The run may come from elsewhere.
+        paths = run.get(name, [])
+        if not all(Path(path).is_file() for path in ([paths] if isinstance(paths, str) else paths)):
+            del run[name]
     parser.set_defaults(**run)
     args = parser.parse_args(argv)
     options = {**vars(train_parser().parse_args([])), **run, **vars(args)}
@@ -391,10 +434,11 @@ def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:
             f"no SentencePiece model at {' or '.join(map(str, candidates))}: give --sp-model-path, "
             "or train one with python -m datamodule.train_tokenizer"
         )
-    args.sp_model_path = str(found)
+    args.sp_model_path = str(found.resolve())
+    args.noise_file = [str(Path(name).resolve()) for name in args.noise_file or []] or None
     if args.dict_path is None:
         units = found.with_name(f"{found.stem}_units.txt")
-        args.dict_path = str(units) if units.is_file() else None
+        args.dict_path = str(units.resolve()) if units.is_file() else None
 
 
 def save_config(args: Namespace, path: Path, versions: dict[str, str]) -> None:
@@ -420,11 +464,23 @@ def load_config(checkpoint: str) -> dict[str, Any]:
 
     Returns:
         The options in the config.yaml beside it; empty if there is none.
+
+    Raises:
+        ValueError: If the file holds something else.
     """
     path = Path(checkpoint).with_name("config.yaml")
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no list of options: restore it, or move it away")
+    return config
 
 
 def one_line(error: Exception) -> str:
     """The last line of an error: what a data-loading process adds before it is its traceback."""
-    return str(error).strip().splitlines()[-1].split("Error: ", maxsplit=1)[-1]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[-1].split("Error: ", maxsplit=1)[-1]

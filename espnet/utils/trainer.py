@@ -14,9 +14,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
 
 PACKAGES = ("torch", "torchaudio", "pytorch-lightning", "numpy", "sentencepiece", "av")
-GRADIENT_CLIP = 10.0
 
 
 def hardware_options(args: Namespace) -> dict[str, Any]:
@@ -41,7 +43,11 @@ def hardware_options(args: Namespace) -> dict[str, Any]:
         raise ValueError(f"--gpus {args.gpus}, but this machine has {gpus}: use --gpus {gpus}")
     precision = args.precision
     if precision is None:
-        precision = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+        precision = (
+            "bf16-mixed"
+            if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            else "32-true"
+        )
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": args.gpus or (gpus if on_gpu else 1),
@@ -52,11 +58,12 @@ def hardware_options(args: Namespace) -> dict[str, Any]:
     }
 
 
-def build_trainer(args: Namespace, **options: Any) -> pl.Trainer:
-    """Builds the trainer.
+def build_trainer(args: Namespace, model: nn.Module, **options: Any) -> pl.Trainer:
+    """Builds the trainer; batch norms of the model are synchronised if there are processes.
 
     Args:
         args: Options of the hardware group.
+        model: What is to be trained or scored.
         **options: What else `pytorch_lightning.Trainer` is to be told.
 
     Returns:
@@ -66,12 +73,14 @@ def build_trainer(args: Namespace, **options: Any) -> pl.Trainer:
         ValueError: If Lightning refuses the options.
     """
     hardware = hardware_options(args)
-    processes = hardware["devices"] * hardware["num_nodes"]
+    several = hardware["devices"] * hardware["num_nodes"] > 1
+    on_gpu = hardware["accelerator"] == "gpu"
+    if several and not on_gpu:
+        synchronise_batch_norm(model)
     try:
         return pl.Trainer(
             **hardware,
-            # PyTorch synchronises batch statistics on GPUs only.
-            sync_batchnorm=hardware["accelerator"] == "gpu" and processes > 1,
+            sync_batchnorm=several and on_gpu,
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=False,
             **options,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
+from espnet.nets.pytorch_backend.frontend.fbank import FilterBank
 from espnet.nets.pytorch_backend.frontend.resnet import Conv3dResNet
 from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.nets_utils import token_accuracy
@@ -41,15 +42,17 @@ def build_audio_frontend(name: str, *, width: int) -> nn.Module:
     """Builds the front-end of the audio stream.
 
     Args:
-        name: `resnet1d`.
-        width: Channels of its first stage.
+        name: `resnet1d` or `fbank`.
+        width: An eighth of the size of its features.
 
     Raises:
         ValueError: If the name is unknown.
     """
     if name == "resnet1d":
         return Conv1dResNet(width=width)
-    raise ValueError(f"audio front-end {name!r} is unknown: choose resnet1d")
+    elif name == "fbank":
+        return FilterBank(width=width)
+    raise ValueError(f"audio front-end {name!r} is unknown: choose resnet1d or fbank")
 
 
 class E2E(nn.Module):
@@ -70,8 +73,9 @@ class E2E(nn.Module):
         dunits: Feed-forward units of the decoder.
         dlayers: Blocks of the decoder.
         cnn_module_kernel: Frames that the encoder's convolutions see.
-        video_width: Channels of the video front-end's first stage.
-        audio_width: Channels of the audio front-end's first stage.
+        audio_encoder: `resnet1d`, auto_avsr's, or `fbank`.
+        video_width: An eighth of the size of the video front-end's features.
+        audio_width: Likewise for audio.
         dropout_rate: Dropout everywhere.
         label_smoothing: Probability that the decoder's target leaves to the other tokens.
         modality_dropout: Probabilities with which a training utterance loses its audio, and its
@@ -97,6 +101,7 @@ class E2E(nn.Module):
         dunits: int = 3072,
         dlayers: int = 6,
         cnn_module_kernel: int = 31,
+        audio_encoder: str = "resnet1d",
         video_width: int = 64,
         audio_width: int = 64,
         dropout_rate: float = 0.1,
@@ -104,7 +109,7 @@ class E2E(nn.Module):
         modality_dropout: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         super().__init__()
-        _check_arguments(modality, ctc_weight, modality_dropout)
+        _check_arguments(modality, ctc_weight, label_smoothing, modality_dropout)
         self.odim = odim
         self.sos = self.eos = odim - 1
         self.streams = STREAMS[modality]
@@ -116,7 +121,7 @@ class E2E(nn.Module):
         if "video" in self.streams:
             self.video_frontend = build_video_frontend("resnet", width=video_width)
         if "audio" in self.streams:
-            self.audio_frontend = build_audio_frontend("resnet1d", width=audio_width)
+            self.audio_frontend = build_audio_frontend(audio_encoder, width=audio_width)
         if any(modality_dropout):
             self.missing_video = nn.Parameter(torch.zeros(self.video_frontend.output_dim))
             self.missing_audio = nn.Parameter(torch.zeros(self.audio_frontend.output_dim))
@@ -197,50 +202,64 @@ class E2E(nn.Module):
         """
         if not isinstance(x, Mapping):
             x, lengths = {self.streams[0]: x}, {self.streams[0]: lengths}
-        features = {
-            stream: self._frontend(stream)(x[stream], lengths[stream])
+        missing = [stream for stream in self.streams if stream not in x]
+        if missing and (not any(self.modality_dropout) or len(missing) == len(self.streams)):
+            raise ValueError(
+                f"input has streams {sorted(x)}, the model needs {list(self.streams)}: a model "
+                "takes a single stream if it is trained with --modality-dropout"
+            )
+        frames = self._clock(lengths)
+        lost = self._draw_lost_streams(len(frames)) if self.training and not missing else {}
+        encoded = {
+            stream: self._encode_stream(stream, x[stream], lengths[stream], lost.get(stream))
             for stream in self.streams
             if stream in x
         }
-        fused, frames = self._fuse(features)
-        return self.encoder(self.proj_encoder(fused), frames), frames
+        length = next(iter(encoded.values())).size(1)
+        features = [
+            _fit_length(encoded[stream], length)
+            if stream in encoded
+            else getattr(self, f"missing_{stream}").expand(len(frames), length, -1)
+            for stream in self.streams
+        ]
+        fused = self.proj_encoder(torch.cat(features, dim=-1))
+        return self.encoder(fused, frames), frames
 
     def _frontend(self, stream: str) -> nn.Module:
         return self.video_frontend if stream == "video" else self.audio_frontend
 
-    def _fuse(self, features: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Concatenates the streams' features over one clock, (B, T, sum of D), and lengths, (B,).
+    def _clock(self, lengths: Mapping[str, Tensor]) -> Tensor:
+        """Frames of each utterance, (B,): those of the first stream; the other's may differ a bit.
 
-        The first stream is the clock; frames that the other lacks at its end are zero.
+        Raises:
+            ValueError: If they differ by more than `MAX_LENGTH_DIFFERENCE`.
         """
-        missing = [stream for stream in self.streams if stream not in features]
-        if missing and (not any(self.modality_dropout) or len(missing) == len(self.streams)):
-            raise ValueError(
-                f"input has streams {sorted(features)}, the model needs {list(self.streams)}: a "
-                "model takes a single stream if it is trained with --modality-dropout"
-            )
-        clock = next(stream for stream in self.streams if stream in features)
-        reference, frames = features[clock]
-        for stream, (_, other) in features.items():
-            difference = int((other - frames).abs().max())
+        streams = [stream for stream in self.streams if stream in lengths]
+        first, *others = (self._frontend(s).output_lengths(lengths[s]) for s in streams)
+        for stream, frames in zip(streams[1:], others, strict=True):
+            difference = int((frames - first).abs().max())
             if difference > MAX_LENGTH_DIFFERENCE:
                 raise ValueError(
-                    f"{stream} and {clock} of an utterance differ by {difference} frames, at most "
-                    f"{MAX_LENGTH_DIFFERENCE} are expected: they do not belong together"
+                    f"{stream} and {streams[0]} of an utterance differ by {difference} frames, at "
+                    f"most {MAX_LENGTH_DIFFERENCE} are expected: they do not belong together"
                 )
-        lost = self._draw_lost_streams(len(frames)) if self.training else {}
-        columns = []
-        for stream in self.streams:
-            if stream not in features:
-                vector = getattr(self, f"missing_{stream}")
-                columns.append(vector.expand(*reference.shape[:2], -1).to(reference.dtype))
-                continue
-            column = _fit_length(features[stream][0], reference.size(1))
-            if stream in lost:
-                vector = getattr(self, f"missing_{stream}").to(column.dtype)
-                column = torch.where(lost[stream].to(column.device)[:, None, None], vector, column)
-            columns.append(column)
-        return torch.cat(columns, dim=-1), frames
+        return first
+
+    def _encode_stream(
+        self, stream: str, x: Tensor, lengths: Tensor, lost: Tensor | None
+    ) -> Tensor:
+        """Features of a stream, (B, T, D); utterances that lost it, (B,) bool, get its vector."""
+        frontend = self._frontend(stream)
+        if lost is None:
+            return frontend(x, lengths)[0]
+        # Lost utterances save their work. One is always encoded, and the vector is always used:
+        # processes that train together wait for a gradient of every parameter.
+        rows = (~lost).nonzero().flatten() if not lost.all() else torch.zeros(1, dtype=torch.int64)
+        rows = rows.to(x.device)
+        kept, _ = frontend(x[rows], lengths[rows])
+        vector = getattr(self, f"missing_{stream}").to(kept.dtype)
+        features = vector.repeat(len(x), kept.size(1), 1).index_copy(0, rows, kept)
+        return torch.where(lost.to(x.device)[:, None, None], vector, features)
 
     def _draw_lost_streams(self, batch_size: int) -> dict[str, Tensor]:
         """Which utterances lose a stream in this step, (B,) bool for each stream."""
@@ -287,12 +306,19 @@ class E2E(nn.Module):
 
 
 def _check_arguments(
-    modality: str, ctc_weight: float, modality_dropout: tuple[float, float]
+    modality: str,
+    ctc_weight: float,
+    label_smoothing: float,
+    modality_dropout: tuple[float, float],
 ) -> None:
     if modality not in STREAMS:
         raise ValueError(f"modality {modality!r} is unknown: choose one of {', '.join(STREAMS)}")
     if not 0 <= ctc_weight <= 1:
         raise ValueError(f"CTC weight {ctc_weight} is out of range: choose it in [0, 1]")
+    if not 0 <= label_smoothing <= 0.9:
+        raise ValueError(
+            f"label smoothing {label_smoothing} is out of range: choose it in [0, 0.9]"
+        )
     if min(modality_dropout) < 0 or sum(modality_dropout) > 1:
         raise ValueError(
             f"modality dropout {tuple(modality_dropout)} is out of range: two probabilities whose "

@@ -164,7 +164,9 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         """Projects the memory once; the cache of tokens is empty. See `ScorerInterface`."""
         projections = [layer.src_attn.project_memory(memory) for layer in self.decoders]
         batch, heads, _, head_dim = projections[0][0].shape
-        cache = memory.new_empty(len(projections), 2, batch * beam_size, heads, 0, head_dim)
+        cache = projections[0][0].new_empty(
+            len(projections), 2, batch * beam_size, heads, 0, head_dim
+        )
         return DecoderState(
             beam_size=beam_size,
             memory=projections,

@@ -1,10 +1,9 @@
 """Video front-end: a spatio-temporal convolution and a ResNet-18 on each frame."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.nets_utils import make_non_pad_mask
+from espnet.nets.pytorch_backend.nets_utils import padding_mask
 
 
 class BasicBlock(nn.Module):
@@ -95,7 +94,7 @@ class Conv3dResNet(nn.Module):
             nn.Conv3d(1, width, (5, 7, 7), stride=(1, 2, 2), padding=(2, 3, 3), bias=False),
             nn.BatchNorm3d(width),
             nn.SiLU(inplace=True),
-            nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
+            nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.trunk = ResNet(width=width)
         for module in self.modules():
@@ -112,12 +111,25 @@ class Conv3dResNet(nn.Module):
         Returns:
             Features, (B, T, 8·width), zero where padded, and their lengths, (B,).
         """
-        mask = make_non_pad_mask(lengths, x.size(1))
-        clips = (x * mask[:, :, None, None, None]).transpose(1, 2)  # (B, T, 1, ·) -> (B, 1, T, ·)
-        frames = self.frontend3D[0](clips).transpose(1, 2)[mask]  # (B, C, T, H/2, W/2) -> (N, C, ·)
-        frames = self.frontend3D[1:](frames.unsqueeze(2)).squeeze(2)  # (N, C, H/4, W/4)
+        convolution, norm, activation, pooling = self.frontend3D
+        batch, length = x.shape[:2]
+        mask = padding_mask(lengths, length)
+        if mask is not None:
+            x = x * mask[:, :, None, None, None]
+        frames = convolution(x.transpose(1, 2))  # (B, 1, T, H, W) -> (B, C, T, H/2, W/2)
         # Channels last is what convolution libraries are fastest with, on CPU and GPU alike.
-        vectors = self.trunk(frames.contiguous(memory_format=torch.channels_last))
-        features = vectors.new_zeros(*mask.shape, self.output_dim)
-        features[mask] = vectors
-        return features, lengths
+        frames = frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()  # (B·T, H/2, W/2, C)
+        if mask is not None:
+            real = mask.flatten().nonzero().squeeze(1)
+            frames = frames.index_select(0, real)  # (N, H/2, W/2, C)
+        frames = frames.permute(0, 3, 1, 2)  # (N, C, H/2, W/2), still channels last in memory
+        frames = activation(norm(frames.unsqueeze(2)).squeeze(2))
+        vectors = self.trunk(pooling(frames))  # (N, 8·width)
+        if mask is not None:
+            padded = vectors.new_zeros(batch * length, self.output_dim)
+            vectors = padded.index_copy(0, real, vectors)
+        return vectors.view(batch, length, -1), self.output_lengths(lengths)
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Features of videos of given lengths in frames: one a frame."""
+        return lengths

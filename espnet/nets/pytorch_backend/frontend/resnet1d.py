@@ -159,7 +159,11 @@ class Conv1dResNet(nn.Module):
         Returns:
             Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
         """
-        frames = lengths // SAMPLES_PER_FRAME
+        frames = self.output_lengths(lengths)
         samples = frames * SAMPLES_PER_FRAME
         x = x[:, : x.size(1) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME]
         return self.trunk(zero_padding(x, padding_mask(samples, x.size(1))), samples), frames
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Features of waveforms of given lengths in samples: one for each full 40 ms."""
+        return lengths // SAMPLES_PER_FRAME

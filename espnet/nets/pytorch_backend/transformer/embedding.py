@@ -18,7 +18,10 @@ def sinusoids(positions: Tensor, dim: int) -> Tensor:
     Returns:
         Encodings, (T, D).
     """
-    rates = torch.exp(torch.arange(0, dim, 2, device=positions.device) * (-math.log(10000.0) / dim))
+    rates = torch.exp(
+        torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
+        * (-math.log(10000.0) / dim)
+    )
     angles = positions.unsqueeze(1) * rates  # (T, D/2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)  # (T, D/2, 2) -> (T, D)
 

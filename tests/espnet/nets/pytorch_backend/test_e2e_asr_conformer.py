@@ -177,7 +177,9 @@ def test_a_missing_stream_needs_modality_dropout():
 def test_unknown_frontends():
     with pytest.raises(ValueError, match="video front-end 'vgg' is unknown: choose resnet"):
         build_video_frontend("vgg", width=4)
-    with pytest.raises(ValueError, match="audio front-end 'mfcc' is unknown: choose resnet1d"):
+    with pytest.raises(
+        ValueError, match="audio front-end 'mfcc' is unknown: choose resnet1d or fbank"
+    ):
         build_audio_frontend("mfcc", width=4)
 
 

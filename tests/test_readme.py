@@ -1,0 +1,131 @@
+"""README: its commands run, and its tables name every option and every file."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+import train
+from datamodule import demo_corpus, train_tokenizer
+from espnet.utils.options import eval_parser, train_parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [
+    command.strip()
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    for command in line.split("&&")
+]
+
+
+def command(start):
+    """The words of README's one command that begins so."""
+    (found,) = [shlex.split(text) for text in COMMANDS if text.startswith(start)]
+    return found
+
+
+def test_every_command_is_known():
+    starts = ("pip install", "python train.py", "python eval.py", "python -m datamodule.", "pytest")
+    assert all(text.startswith(starts) for text in COMMANDS)
+    assert len(COMMANDS) >= 8
+
+
+def test_requirements_exist():
+    for text in COMMANDS:
+        if text.startswith("pip install"):
+            assert all((ROOT / name).is_file() for name in text.split()[3::2])
+
+
+def test_options_table_is_complete():
+    rows = re.findall(r"^\| (\w+) \| `(--.*)` \|$", README, flags=re.MULTILINE)
+    titles = {group.title: group for group in train_parser()._action_groups}
+    for title, flags in rows:
+        actions = titles[title]._group_actions
+        assert flags.split() == [action.option_strings[0] for action in actions]
+    assert {title for title, _ in rows} == set(titles) - {"positional arguments", "options"}
+
+
+def test_relative_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", README)
+    paths = [one or two for one, two in links]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
+
+
+@pytest.fixture
+def in_folder(corpus, tmp_path, monkeypatch):
+    """An empty working folder in which DATA is the small corpus."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "DATA").symlink_to(corpus)
+    return tmp_path
+
+
+def test_training_and_scoring_commands(in_folder):
+    """As README has them, but for the sizes of a small model and two epochs."""
+    small = "--adim 16 --aheads 2 --eunits 16 --elayers 1 --dunits 16 --dlayers 1 --video-width 2 "
+    small += "--audio-width 2 --max-epochs 2 --warmup-epochs 1 --beam-size 2 --num-workers 0"
+    train.main(command("python train.py --exp-dir")[2:] + small.split())
+    table = re.findall(r"^\| (`[^|]*`) \| ", README, flags=re.MULTILINE)
+    names = {name for row in table for name in re.findall(r"`([^`-][^`]*)`", row)}
+    present = {path.name for path in (in_folder / "exp/base").iterdir()}
+    assert {re.sub(r"\d+(?=\.ckpt)", "N", name) for name in present} == {
+        name.rstrip("/") for name in names if not name.startswith("exp")
+    }
+    evaluation.main(
+        command("python eval.py --pretrained-model-path exp")[2:] + ["--beam-size", "2"]
+    )
+    assert (in_folder / "exp/base/model_avg_10_test_audiovisual/summary.json").is_file()
+
+
+def test_auto_avsr_command_parses():
+    words = command("python eval.py --modality video")
+    assert eval_parser().parse_args(words[2:]).modality == "video"
+
+
+def test_tokenizer_command(corpus, tmp_path):
+    lists = tmp_path / "text" / "labels"
+    lists.mkdir(parents=True)
+    rows = (corpus / "labels/train.csv").read_text().splitlines()
+    texts = [line.split(maxsplit=1)[1] for line in (corpus / "labels/train.txt").open()]
+    fields = [",".join(row.split(",")[:3]) for row in rows]
+    (lists / "train.csv").write_text(
+        "".join(f"{f},{t}" for f, t in zip(fields, texts, strict=True))
+    )
+    words = [
+        word.replace("DATA", str(tmp_path / "text"))
+        for word in command("python -m datamodule.train_tokenizer")
+    ]
+    words[words.index("--vocab-size") + 1] = "40"
+    train_tokenizer.main(words[3:])
+    assert (tmp_path / "text/spm/unigram_units.txt").is_file()
+
+
+@pytest.mark.slow
+def test_demo(in_folder, monkeypatch, capsys):
+    """The whole demo, on few sentences and for one epoch."""
+    whole = demo_corpus.make_demo_corpus
+
+    def few(root_dir):
+        return whole(root_dir, num_train=8, num_val=4, num_test=4)
+
+    monkeypatch.setattr(demo_corpus, "make_demo_corpus", few)
+    arguments = command("python train.py --demo")[2:] + ["--max-epochs", "1"]
+    train.main(arguments)
+    out = capsys.readouterr().out
+    header = re.search(r"^\| WER \[%\] \|.*$", README, flags=re.MULTILINE).group()
+    assert header in out
+    assert (
+        len(re.findall(r"^\| (audio|video|audio-visual) \|( [\d.]+ \|){5}$", out, re.MULTILINE))
+        == 3
+    )
+    files = [Path(line.strip()) for line in out.split("Files of the run:")[1].splitlines() if line]
+    assert len(files) > 15
+    assert all(path.is_file() for path in files)
+    made = (in_folder / "demo_corpus/corpus.json").stat().st_mtime_ns
+    train.main(arguments)
+    assert (in_folder / "demo_corpus/corpus.json").stat().st_mtime_ns == made
+    assert "keeping the demo corpus" in capsys.readouterr().out

@@ -1,0 +1,441 @@
+"""The entry scripts, used as a user would: train, resume, average, evaluate, make mistakes."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import eval as evaluation
+import lightning as train_module
+import train
+from tests.auto_avsr_cases import CASES, fill
+
+ROOT = Path(__file__).parents[1]
+RUN_FILES = {
+    "best.ckpt",
+    "config.yaml",
+    "epoch=0.ckpt",
+    "epoch=1.ckpt",
+    "last.ckpt",
+    "learning_curve.png",
+    "metrics.csv",
+    "model_avg_10.pth",
+    "test",
+}
+
+
+@pytest.fixture(scope="session")
+def run_dir(train_arguments):
+    """An audio-visual run with modality dropout, trained and scored once."""
+    more = ["--modality-dropout", "0.3", "0.3", "--test-file", "test.csv"]
+    train.main(train_arguments("base", "audiovisual", *more))
+    return train_arguments.exp_dir / "base"
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=0, msg=name)
+
+
+def test_a_run_leaves_these_files_and_no_other(run_dir):
+    assert {path.name for path in run_dir.iterdir()} == RUN_FILES
+    assert {path.name for path in (run_dir / "test").iterdir()} == {
+        "hypotheses_audiovisual_clean.jsonl",
+        "summary.json",
+        "wer_over_snr.png",
+    }
+
+
+def test_config_holds_every_option_and_the_versions(run_dir):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["modality_dropout"] == [0.3, 0.3]
+    assert config["versions"]["torch"] == torch.__version__
+    assert set(vars(train.train_parser().parse_args([]))) <= set(config)
+
+
+def test_metrics_have_a_row_an_epoch(run_dir):
+    with (run_dir / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert all(float(row[name]) > 0 for row in rows for name in ("loss", "loss_val", "wer_val"))
+
+
+def test_the_average_is_that_of_the_epochs(run_dir):
+    epochs = [state_of(run_dir / f"epoch={epoch}.ckpt")["state_dict"] for epoch in (0, 1)]
+    average = state_of(run_dir / "model_avg_10.pth")
+    for name, value in average.items():
+        if value.is_floating_point():
+            mean = (epochs[0][f"model.{name}"] + epochs[1][f"model.{name}"]) / 2
+            torch.testing.assert_close(value, mean)
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_models_of_one_stream(train_arguments, corpus, modality, capsys):
+    train.main(train_arguments(modality, modality))
+    run = train_arguments.exp_dir / modality
+    assert {path.name for path in run.iterdir()} == RUN_FILES - {"test"}
+    average = str(run / "model_avg_10.pth")
+    arguments = ["--root-dir", str(corpus), "--test-file", "test.csv", "--num-workers", "0"]
+    evaluation.main(["--pretrained-model-path", average, *arguments])
+    assert f"{modality}" in capsys.readouterr().out
+    lines = read_lines(next((run / f"model_avg_10_test_{modality}").glob("hypotheses_*.jsonl")))
+    assert len(lines) == 4
+
+
+def test_evaluation_takes_its_options_from_the_run(run_dir, corpus, tmp_path, capsys):
+    """Three options suffice; the result is that of the test after training."""
+    evaluation.main(
+        [
+            *["--pretrained-model-path", str(run_dir / "model_avg_10.pth")],
+            *["--root-dir", str(corpus), "--test-file", "test.csv"],
+            *["--output-dir", str(tmp_path)],
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "audiovisual_clean: WER" in out
+    assert "real-time factor" in out
+    name = "hypotheses_audiovisual_clean.jsonl"
+    lines = read_lines(tmp_path / name)
+    assert lines == read_lines(run_dir / "test" / name)
+    transcripts = dict(
+        line.split(maxsplit=1) for line in (corpus / "labels/test.txt").read_text().splitlines()
+    )
+    assert {Path(line["id"]).name: line["reference"] for line in lines} == transcripts
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary[0]["words"]["reference"] == sum(len(t.split()) for t in transcripts.values())
+
+
+@pytest.mark.parametrize("modality", ["audio", "video"])
+def test_one_checkpoint_serves_every_modality(run_dir, corpus, tmp_path, modality, capsys):
+    evaluation.main(
+        [
+            *["--pretrained-model-path", str(run_dir / "last.ckpt"), "--modality", modality],
+            *["--root-dir", str(corpus), "--test-file", "test.csv", "--num-workers", "0"],
+            *["--output-dir", str(tmp_path)],
+        ]
+    )
+    assert modality in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())[0]["utterances"] == 4
+
+
+def test_several_noise_levels_at_once_are_repeatable(run_dir, corpus, tmp_path):
+    results = []
+    for name in ("one", "two"):
+        evaluation.main(
+            [
+                *["--pretrained-model-path", str(run_dir / "model_avg_10.pth")],
+                *["--root-dir", str(corpus), "--test-file", "test.csv", "--num-workers", "0"],
+                *["--modality", "audio", "--decode-snr-target", "999999", "0", "-5"],
+                *["--output-dir", str(tmp_path / name)],
+            ]
+        )
+        paths = sorted((tmp_path / name).glob("*.jsonl"))
+        assert [path.stem for path in paths] == [
+            "hypotheses_audio_-5dB",
+            "hypotheses_audio_0dB",
+            "hypotheses_audio_clean",
+        ]
+        results.append([read_lines(path) for path in paths])
+    assert results[0] == results[1]
+    assert results[0][0] != results[0][2]  # The noise is heard.
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
+    run_dir, train_arguments, monkeypatch
+):
+    more = ["--modality-dropout", "0.3", "0.3"]
+    arguments = train_arguments("resumed", "audiovisual", *more)
+    stopped = RuntimeError("stopped")
+
+    def stop(module):
+        if module.current_epoch == 1:
+            raise stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.ModelModule.on_train_epoch_start", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.main([*arguments, "--debug"])
+    resumed = train_arguments.exp_dir / "resumed"
+    assert not (resumed / "epoch=1.ckpt").exists()
+    train.main([*arguments, "--ckpt-path", "last"])
+    for name in ("last.ckpt", "epoch=1.ckpt"):
+        one, two = state_of(run_dir / name), state_of(resumed / name)
+        assert_same(one["state_dict"], two["state_dict"])
+        assert one["global_step"] == two["global_step"]
+    with (resumed / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
+
+
+def test_last_starts_anew_before_there_is_a_checkpoint(train_arguments):
+    train.main(train_arguments("anew", "audio", "--ckpt-path", "last", "--fast-dev-run"))
+    assert not (train_arguments.exp_dir / "anew").exists()
+
+
+def run_script(script, arguments, **environment):
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(train_arguments):
+    """The same utterances a step, split in two uneven halves, with batch norms synchronised."""
+    more = ["--max-frames", "2000", "--dropout-rate", "0", "--test-file", "test.csv"]
+    train.main(train_arguments("alone", "audiovisual", *more))
+    arguments = train_arguments("pair", "audiovisual", *more, "--gpus", "2", "--strategy", "ddp")
+    done = run_script("train.py", arguments)
+    assert done.returncode == 0, done.stderr
+    alone, pair = (train_arguments.exp_dir / name for name in ("alone", "pair"))
+    one, two = (state_of(path / "last.ckpt") for path in (alone, pair))
+    assert one["global_step"] == two["global_step"] == 2
+    for name, value in one["state_dict"].items():
+        # Sums over processes come in another order.
+        torch.testing.assert_close(value, two["state_dict"][name], rtol=1e-3, atol=1e-5, msg=name)
+    rows = [list(csv.DictReader((path / "metrics.csv").open())) for path in (alone, pair)]
+    for name in ("loss", "loss_val", "loss_ctc_val", "wer_val"):
+        values = [[float(row[name]) for row in table] for table in rows]
+        assert values[0] == pytest.approx(values[1], rel=1e-3), name
+    lines = [read_lines(path / "test/hypotheses_audiovisual_clean.jsonl") for path in (alone, pair)]
+    assert [line["id"] for line in lines[0]] == [line["id"] for line in lines[1]]
+
+
+@pytest.mark.slow
+def test_two_processes_lose_streams_each_on_its_own(train_arguments):
+    """Even when no utterance of a process has lost one, its gradients are all there."""
+    more = ["--gpus", "2", "--modality-dropout", "0.1", "0.1", "--test-file", "test.csv"]
+    done = run_script("train.py", train_arguments("dropout_pair", "audiovisual", *more))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["modality"])
+def test_auto_avsr_checkpoints_are_evaluated(case, corpus, tmp_path, capsys):
+    """A plain state dict, with the modality and sizes told by flags."""
+    path = tmp_path / "published.pth"
+    torch.save(fill(case["state_dict"]), path)
+    units = (
+        "".join(f"w{i} {i}\n" for i in range(1, case["odim"] - 2)) + f"<unk> {case['odim'] - 2}\n"
+    )
+    (tmp_path / "units.txt").write_text(units)
+    shutil.copytree(corpus / "demo", tmp_path / "data/demo")
+    (tmp_path / "data/labels").mkdir()
+    rows = (corpus / "labels/test.csv").read_text().splitlines()
+    ids = "".join(",".join(row.split(",")[:3]) + ",1 2 3\n" for row in rows)
+    (tmp_path / "data/labels/test.csv").write_text(ids)
+    dims = case["dims"]
+    sizes = [f"--{name}={size}" for name, size in dims.items() if name != "kernel"]
+    evaluation.main(
+        [
+            *[f"--modality={case['modality']}", f"--root-dir={tmp_path / 'data'}"],
+            *["--test-file=test.csv", f"--pretrained-model-path={path}", "--num-workers=0"],
+            *[f"--sp-model-path={corpus / 'spm/unigram.model'}", "--beam-size=2", *sizes],
+            f"--dict-path={tmp_path / 'units.txt'}",
+        ]
+    )
+    assert "4 utterances" in capsys.readouterr().out
+    name = "video" if case["modality"] == "video" else "audio_clean"
+    lines = read_lines(tmp_path / f"published_test_{case['modality']}/hypotheses_{name}.jsonl")
+    assert {line["reference"] for line in lines} == {"w1w2w3"}
+
+
+def error_of(capsys, script, arguments):
+    """The one line that a mistaken command line prints."""
+    with pytest.raises(SystemExit) as info:
+        script.main([str(argument) for argument in arguments])
+    assert info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_all_problems_of_a_command_line_are_named_at_once(capsys, tmp_path):
+    error = error_of(
+        capsys,
+        train,
+        [
+            *["--exp-name", "x", "--modality", "audio", "--root-dir", tmp_path],
+            *["--train-file", "no.csv", "--aheads", "7", "--cnn-module-kernel", "30"],
+            *["--transfer-encoder", "--modality-dropout", "0.2", "0.2", "--ckpt-path", "gone.ckpt"],
+        ],
+    )
+    for part in (
+        "--train-file no.csv does not exist",
+        "multiple of --aheads 7",
+        "--cnn-module-kernel 30 must be odd",
+        "need --pretrained-model-path",
+        "--modality-dropout needs --modality audiovisual, not audio",
+        "--ckpt-path gone.ckpt does not exist",
+    ):
+        assert part in error
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", r"empty"),
+        ("demo,a.mp4\n", "line 1"),
+        ("demo,a.mp4,50,3 4 9999\n", "line 1.*9999"),
+        ("demo,a.mp4,many,3 4\n", "line 1.*many"),
+        ("demo,a.mp4,5000,3 4\n", "line 1.*5000.*--max-frames"),
+    ],
+)
+def test_bad_label_lists_stop_before_anything_is_written(
+    train_arguments, corpus, rows, message, capsys
+):
+    (corpus / "labels/bad.csv").write_text(rows)
+    arguments = train_arguments("bad", "audio", "--train-file", "bad.csv")
+    error = error_of(capsys, train, arguments)
+    assert re.search(message, error), error
+    assert not (train_arguments.exp_dir / "bad").exists()
+
+
+def test_a_missing_clip_is_named_before_anything_is_written(
+    train_arguments, corpus, tmp_path, capsys
+):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    row = (root / "labels/val.csv").read_text().splitlines()[1]
+    clip = root.joinpath(*row.split(",")[:2])
+    clip.unlink()
+    error = error_of(capsys, train, train_arguments("missing", "video", "--root-dir", root))
+    assert f"{clip}: it does not exist, but" in error
+    assert "val.csv, line 2 names it" in error
+    assert not (train_arguments.exp_dir / "missing").exists()
+
+
+def test_video_ignores_noise_levels(run_dir, corpus, tmp_path):
+    evaluation.main(
+        [
+            *["--pretrained-model-path", str(run_dir / "model_avg_10.pth")],
+            *["--root-dir", str(corpus), "--test-file", "test.csv", "--num-workers", "0"],
+            *["--modality", "video", "--decode-snr-target", "10", "0"],
+            *["--output-dir", str(tmp_path)],
+        ]
+    )
+    assert len(json.loads((tmp_path / "summary.json").read_text())) == 1
+
+
+def test_a_checkpoint_that_cannot_be_resumed_is_refused(run_dir, train_arguments, capsys):
+    average = run_dir / "model_avg_10.pth"
+    arguments = train_arguments("refused", "audiovisual", "--modality-dropout", "0.3", "0.3")
+    error = error_of(capsys, train, [*arguments, "--ckpt-path", average])
+    assert "holds weights only" in error
+    arguments = train_arguments("refused", "audio", "--ckpt-path", run_dir / "last.ckpt")
+    assert "does not fit the model" in error_of(capsys, train, arguments)
+    assert not (train_arguments.exp_dir / "refused").exists()
+
+
+def test_accumulated_batches_give_what_one_batch_gives(train_arguments):
+    """The mean is over the utterances of a step, however they are cut into batches."""
+    fixed = ["--dropout-rate", "0", "--lr", "1e-3", "--warmup-epochs", "0", "--max-epochs", "1"]
+
+    class Frozen(train_module.ModelModule):
+        def on_train_epoch_start(self):
+            for part in self.model.modules():
+                if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                    part.eval()
+
+    states = []
+    for name, frames, batches in (("whole", "2000", "1"), ("parts", "250", "8")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("espnet.utils.building.ModelModule", Frozen)
+            more = ["--max-frames", frames, "--accumulate-grad-batches", batches, *fixed]
+            train.main(train_arguments(name, "audio", *more))
+        state = state_of(train_arguments.exp_dir / name / "last.ckpt")
+        assert state["global_step"] == 1
+        states.append(state["optimizer_states"][0]["state"])
+    for one, two in zip(states[0].values(), states[1].values(), strict=True):
+        torch.testing.assert_close(one["exp_avg"], two["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+def test_an_unreadable_clip_is_named_or_skipped(train_arguments, corpus, tmp_path, capsys):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    row = (root / "labels/train.csv").read_text().splitlines()[3]
+    clip = root.joinpath(*row.split(",")[:2])
+    clip.write_bytes(b"not a video")
+    arguments = train_arguments("unreadable", "video", "--root-dir", root)
+    error = error_of(capsys, train, arguments)
+    assert str(clip) in error
+    arguments = train_arguments("skipping", "video", "--root-dir", root, "--skip-bad-clips")
+    train.main(arguments)
+    with (train_arguments.exp_dir / "skipping/metrics.csv").open() as file:
+        assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [1, 1]
+
+
+def test_evaluation_never_skips_a_clip(run_dir, corpus, tmp_path, capsys):
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    row = (root / "labels/test.csv").read_text().splitlines()[0]
+    clip = root.joinpath(*row.split(",")[:2])
+    clip.unlink()
+    error = error_of(
+        capsys,
+        evaluation,
+        [
+            *["--pretrained-model-path", run_dir / "model_avg_10.pth", "--root-dir", root],
+            *["--test-file", "test.csv", "--output-dir", tmp_path / "out"],
+        ],
+    )
+    assert str(clip) in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ["--adim", "32"],
+            r"does not fit the model: proj_encoder.weight is \(16, 32\), not \(32, 32\)",
+        ),
+        (["--accelerator", "gpu"], "PyTorch sees no GPU: use --accelerator cpu"),
+        (["--test-file", "gone.csv"], "--test-file gone.csv does not exist: looked for"),
+    ],
+)
+def test_mistakes_in_an_evaluation(run_dir, corpus, tmp_path, more, message, capsys):
+    if "gpu" in more and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    error = error_of(
+        capsys,
+        evaluation,
+        [
+            *["--pretrained-model-path", run_dir / "model_avg_10.pth", "--root-dir", corpus],
+            *["--test-file", "test.csv", "--output-dir", tmp_path / "out", *more],
+        ],
+    )
+    assert re.search(message, error), error
+
+
+def test_a_stream_that_the_model_cannot_spare(train_arguments, corpus, capsys):
+    arguments = ["--pretrained-model-path", "x.pth", "--root-dir", corpus, "--modality", "audio"]
+    assert "x.pth does not exist" in error_of(capsys, evaluation, arguments)
+    path = train_arguments.exp_dir / "plain.pth"
+    path.touch()
+    arguments = ["--pretrained-model-path", path, "--root-dir", corpus, "--test-file", "test.csv"]
+    assert "tells its modality: give --modality" in error_of(capsys, evaluation, arguments)
+
+
+def test_pretrained_weights_are_transferred(run_dir, train_arguments):
+    average = run_dir / "model_avg_10.pth"
+    more = ["--pretrained-model-path", average, "--transfer-frontend", "--fast-dev-run"]
+    train.main([str(a) for a in train_arguments("transferred", "audio", *more)])
