@@ -187,10 +187,8 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
         self._check_lengths(labels, may_skip=training and self.skip_bad_clips)
-        if not (training and self.skip_bad_clips):
-            self._check_files(labels)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
-        return AVDataset(
+        dataset = AVDataset(
             labels=labels,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
@@ -203,6 +201,9 @@ class DataModule(pl.LightningDataModule):
             max_frames=self.max_frames,
             skip_bad_clips=training and self.skip_bad_clips,
         )
+        if not dataset.skip_bad_clips:
+            self._check_files(labels)
+        return dataset
 
     def _audio_transform(self, subset: str, snr_target: float | None) -> AudioTransform:
         noisy = subset == "train" or needs_noise(snr_target)

@@ -10,7 +10,7 @@ SMALL_MODEL = [
 ]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Threads that wait for each other make small models slow, and sums depend on their number."""
     torch.set_num_threads(1)

