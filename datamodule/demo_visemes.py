@@ -11,7 +11,7 @@ from datamodule.media import VIDEO_RATE
 
 # How hard the video is to read. Larger values make it harder.
 TIMING_JITTER_S = 0.015  # spread of a phoneme's shift against the sound, seconds
-SHAPE_NOISE = 0.06  # spread of a phoneme's shape around its viseme's, 1 being a wide-open mouth
+SHAPE_NOISE = 0.045  # spread of a phoneme's shape around its viseme's, 1 being a wide-open mouth
 SHAPE_WOBBLE = 0.035  # slow drift of the shape within an utterance, the same unit
 COARTICULATION_S = 0.035  # how far a phoneme reaches into its neighbours, seconds
 MUMBLING = 0.25  # how much less than the full movement the laziest speaker makes
