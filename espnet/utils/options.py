@@ -39,7 +39,7 @@ DEMO_OPTIONS = {
     "num_workers": 1,
     "gpus": 1,
     "beam_size": 10,
-    "ctc_decode_weight": 0.3,
+    "ctc_decode_weight": 0.7,
     "decode_snr_target": [CLEAN_SNR, 10.0, 5.0, 0.0, -5.0],
 }
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
