@@ -5,7 +5,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import eval_parser, find_vocabulary, one_line, parse_eval_args
+from espnet.utils.options import eval_parser, one_line
+from espnet.utils.run_config import find_vocabulary, parse_eval_args
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Namespace, str, ArgumentParser]:

@@ -12,11 +12,10 @@ from espnet.utils.option_checks import training_problems
 from espnet.utils.options import (
     DEFAULT_LIST,
     DEMO_OPTIONS,
-    find_vocabulary,
     one_line,
-    save_config,
     train_parser,
 )
+from espnet.utils.run_config import find_vocabulary, save_config
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the options are checked.
     import pytorch_lightning as pl

@@ -4,17 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from espnet.utils.options import (
-    eval_parser,
-    find_vocabulary,
-    load_config,
-    one_line,
-    parse_eval_args,
-    save_config,
-    train_parser,
-)
+from espnet.utils.options import eval_parser, one_line, train_parser
 
 ROOT = Path(__file__).parents[3]
 AUTO_AVSR_TRAIN = [
@@ -106,43 +97,6 @@ def test_values_out_of_range_are_one_line(arguments, message, capsys):
     assert error.count("\n") == 1
 
     assert re.search(message, error)
-
-
-def test_config_is_read_back_and_flags_override_it(tmp_path):
-    args = train_parser().parse_args(
-        [*["--modality", "audiovisual", "--adim", "32", "--aheads", "4", "--beam-size", "7"]]
-    )
-    args.gpus, args.accelerator, args.decode_snr_target = 8, "gpu", [5.0]
-    save_config(args, tmp_path / "config.yaml", {"torch": "2"})
-    checkpoint = str(tmp_path / "model_avg_10.pth")
-    assert load_config(checkpoint)["adim"] == 32
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["versions"] == {"torch": "2"}
-    argv = ["--pretrained-model-path", checkpoint, "--beam-size", "9", "--modality", "audio"]
-    options, trained_for = parse_eval_args(eval_parser(), argv)
-    assert (options.adim, options.aheads, options.beam_size) == (32, 4, 9)
-    assert (options.modality, trained_for) == ("audio", "audiovisual")
-    # Hardware and noise levels of the training run are not this run's.
-    assert (options.gpus, options.accelerator, options.decode_snr_target) == (
-        None,
-        "auto",
-        [999999],
-    )
-
-
-def test_vocabulary_is_found_or_asked_for(tmp_path, capsys):
-    parser = train_parser()
-    args = parser.parse_args(["--root-dir", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        find_vocabulary(args, parser)
-    assert "give --sp-model-path, or train one with" in capsys.readouterr().err
-    model = tmp_path / "spm" / "unigram.model"
-    model.parent.mkdir()
-    model.touch()
-    find_vocabulary(args, parser)
-    assert (args.sp_model_path, args.dict_path) == (str(model), None)
-    (tmp_path / "spm" / "unigram_units.txt").touch()
-    find_vocabulary(args, parser)
-    assert args.dict_path == str(tmp_path / "spm" / "unigram_units.txt")
 
 
 def test_one_line_takes_the_cause_from_a_workers_traceback():
