@@ -1,4 +1,4 @@
-"""Padding masks, work on real frames only, and token accuracy."""
+"""Padding masks, work on real frames only, frozen parts, and token accuracy."""
 
 import torch
 import torch.nn.functional as F
@@ -97,3 +97,37 @@ def token_accuracy(logits: Tensor, targets: Tensor, ignore_id: int) -> Tensor:
     real = targets != ignore_id
     correct = (logits.argmax(dim=-1) == targets) & real
     return correct.sum() / real.sum().clamp(min=1)
+
+
+def keep_frozen_in_eval(module: nn.Module) -> None:
+    """Puts the parts of a module whose parameters are all frozen in eval mode.
+
+    Their dropout and batch statistics would otherwise change what they give, or what they are.
+
+    Args:
+        module: Module in training mode.
+    """
+    for child in module.children():
+        parameters = list(child.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            child.eval()
+        else:
+            keep_frozen_in_eval(child)
+
+
+def length_groups(lengths: list[int], *, max_padding: float = 0.1) -> list[list[int]]:
+    """Parts a batch into utterances of similar length, so that little work goes into padding.
+
+    Args:
+        lengths: Lengths of the utterances.
+        max_padding: Largest share of a padded utterance that is padding.
+
+    Returns:
+        Rows of each group, longest first.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not groups or lengths[row] < (1 - max_padding) * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(row)
+    return groups

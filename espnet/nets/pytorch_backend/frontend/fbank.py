@@ -5,6 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from espnet.nets.pytorch_backend.frontend.waveform import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    cut_to_frames,
+)
 from espnet.nets.pytorch_backend.nets_utils import (
     batch_norm_real_frames,
     convolve,
@@ -12,8 +17,6 @@ from espnet.nets.pytorch_backend.nets_utils import (
     zero_padding,
 )
 
-SAMPLE_RATE = 16000
-SAMPLES_PER_FRAME = 640  # at 25 frames a second
 WINDOW, HOP, FFT_SIZE = 400, 160, 512  # samples: 25 ms, 10 ms
 MELS = 80
 LOWEST_HZ, HIGHEST_HZ = 20.0, 7600.0
@@ -58,9 +61,7 @@ class FilterBank(nn.Module):
         Returns:
             Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
         """
-        frames = self.output_lengths(lengths)
-        x = x[:, : x.size(1) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME]
-        x = zero_padding(x, padding_mask(frames * SAMPLES_PER_FRAME, x.size(1)))
+        x, frames = cut_to_frames(x, lengths)
         x = self.log_mel(x.squeeze(-1))  # (B, 4T, MELS)
         mask = padding_mask(4 * frames, x.size(1))
         x = zero_padding(batch_norm_real_frames(self.norm, x, mask), mask)

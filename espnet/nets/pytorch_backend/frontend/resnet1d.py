@@ -6,6 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.frontend.waveform import (
+    SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
+    cut_to_frames,
+)
 from espnet.nets.pytorch_backend.nets_utils import (
     batch_norm_real_frames,
     convolve,
@@ -13,8 +18,6 @@ from espnet.nets.pytorch_backend.nets_utils import (
     zero_padding,
 )
 
-SAMPLE_RATE = 16000
-SAMPLES_PER_FRAME = 640  # at 25 frames a second
 LOWEST_HZ, HIGHEST_HZ = 100, 7000  # centres of the first convolution's filters at the start
 KERNEL = 80  # samples that the first convolution sees, 5 ms
 FIRST_STRIDE = 4
@@ -159,10 +162,8 @@ class Conv1dResNet(nn.Module):
         Returns:
             Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
         """
-        frames = self.output_lengths(lengths)
-        samples = frames * SAMPLES_PER_FRAME
-        x = x[:, : x.size(1) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME]
-        return self.trunk(zero_padding(x, padding_mask(samples, x.size(1))), samples), frames
+        x, frames = cut_to_frames(x, lengths)
+        return self.trunk(x, frames * SAMPLES_PER_FRAME), frames
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of waveforms of given lengths in samples: one for each full 40 ms."""

@@ -1,0 +1,143 @@
+"""Audio front-end: the encoder of Whisper on utterances of their real length."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBackbone
+
+from espnet.nets.encoders import AUDIO_ENCODERS
+from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
+from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
+from espnet.nets.pytorch_backend.frontend.whisper_log_mel import WhisperLogMel
+from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
+from espnet.nets.pytorch_backend.pretrained import load_pretrained
+
+CONVOLUTION_STRIDE = 2  # log-mel features for one of the encoder's
+
+
+class WhisperEncoder(WaveEncoder):
+    """Encoder of a Whisper checkpoint: 50 features a second from un-normalised 16 kHz samples.
+
+    Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2023, in
+    transformers' implementation. Unlike there, utterances are not padded to 30 s: the table of
+    positions is cut to their length, and padding is masked.
+
+    Args:
+        name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
+        freeze: Whether its weights stay as they are.
+        unfreeze_last_layers: Layers at its end that are trained nevertheless.
+        encoder_layer: Hidden layer that gives the features; -1: the output, `weighted`: all. The
+            final layer norm is part of the last one, as in transformers.
+        gradient_checkpointing: Whether trained layers are computed again for their gradients.
+        pad_30s: Pad every utterance to 30 s, as Whisper was trained; the features are those of
+            its real length.
+
+    Raises:
+        ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
+    """
+
+    norm_ends_last_layer = True
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        freeze: bool = True,
+        unfreeze_last_layers: int = 0,
+        encoder_layer: int | str = -1,
+        gradient_checkpointing: bool = True,
+        pad_30s: bool = False,
+    ) -> None:
+        backbone = load_pretrained(
+            WhisperBackbone,
+            name,
+            AUDIO_ENCODERS["whisper"],
+            flag="--audio-encoder-name",
+            # Published checkpoints begin with `model.encoder.`, those of WhisperModel with less.
+            key_mapping={r"^(model\.)?encoder\.": ""},
+        )
+        super().__init__(
+            backbone,
+            freeze=freeze,
+            unfreeze_last_layers=unfreeze_last_layers,
+            encoder_layer=encoder_layer,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.positions = backbone.config.max_source_positions
+        self.pad_30s = pad_30s
+        self.log_mel = WhisperLogMel(backbone.config.num_mel_bins)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The Transformer layers of the backbone."""
+        return self.backbone.layers
+
+    def final_norm(self) -> nn.Module:
+        """The layer norm after the last layer."""
+        return self.backbone.layer_norm
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Features of waveforms of given lengths in samples: one for each 20 ms that begin."""
+        return (lengths + SAMPLES_PER_FEATURE - 1) // SAMPLES_PER_FEATURE
+
+    def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:
+        """Encodes waveforms of similar length.
+
+        Args:
+            waves: (B, S).
+            samples: Real samples, (B,), at most S.
+            frames: Features of each, (B,).
+
+        Returns:
+            Features, (B, T, D), zero where padded, T that of the longest.
+
+        Raises:
+            ValueError: If they are longer than the checkpoint has positions.
+        """
+        length = -(-waves.size(1) // SAMPLES_PER_FEATURE)
+        if length > self.positions:
+            raise ValueError(
+                f"an utterance lasts {waves.size(1) / SAMPLE_RATE:.1f} s, but Whisper's encoder "
+                f"takes at most {self.positions / self.frame_rate:g} s: leave it out, cut it, or "
+                "choose another --audio-encoder"
+            )
+        waves = zero_padding(waves[..., None], padding_mask(samples, waves.size(1))).squeeze(-1)
+        mask = padding_mask(frames, length)
+        if self.pad_30s:
+            mel = self.log_mel(waves, CONVOLUTION_STRIDE * self.positions)
+            features = self.choose(self.hidden_states(mel, None))[:, :length]
+        else:
+            mel = self.log_mel(waves, CONVOLUTION_STRIDE * length)
+            features = self.choose(self.hidden_states(mel, mask))
+        return zero_padding(features, mask)
+
+    def hidden_states(self, mel: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+        """The input of the first layer, and the output of each layer.
+
+        Args:
+            mel: Log-mel features, (B, 2·T, mels).
+            mask: Real frames of the hidden states, (B, T), or None if all are real.
+
+        Yields:
+            Hidden states, (B, T, D) each.
+        """
+        backbone = self.backbone
+        mel_mask = None if mask is None else mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
+        x = zero_padding(mel, mel_mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
+        x = F.gelu(backbone.conv1(x)).transpose(1, 2)
+        x = zero_padding(x, mel_mask).transpose(1, 2)
+        x = F.gelu(backbone.conv2(x)).transpose(1, 2)  # (B, D, T) -> (B, T, D)
+        state = x + backbone.embed_positions.weight[: x.size(1)]
+        state = F.dropout(state, backbone.dropout, backbone.training)
+        attended = None if mask is None else mask[:, None, None]  # (B, T) -> (B, 1, 1, T)
+        for index, layer in enumerate(self.layers, start=1):
+            yield state
+            state = layer(state, attended)
+            if index == backbone.config.encoder_layers:
+                state = backbone.layer_norm(state)
+        yield state
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        # Padded to 30 s, utterances are alike.
+        return [list(range(len(lengths)))] if self.pad_30s else super()._groups(lengths)
