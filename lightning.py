@@ -111,7 +111,7 @@ class ModelModule(pl.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, with a rate that rises linearly and then falls along a cosine, by step."""
         optimizer = torch.optim.AdamW(
-            self.model.parameters(),
+            self._trained_parameters(),
             lr=self.lr,
             weight_decay=self.weight_decay,
             betas=(0.9, 0.98),
@@ -127,6 +127,9 @@ class ModelModule(pl.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def _trained_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def on_train_batch_start(self, batch: dict[str, Any] | None, batch_idx: int) -> None:  # noqa: ARG002
         """Seeds the step and keeps the batch statistics, in case the step must be undone."""
@@ -144,7 +147,7 @@ class ModelModule(pl.LightningModule):
         everywhere, empty = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
         self._count("skipped_utterances", size if empty else 0)
         if empty:  # Some process has bad clips only: none can compute batch statistics with it.
-            return sum(parameter.sum() * 0.0 for parameter in self.model.parameters())
+            return sum(parameter.sum() * 0.0 for parameter in self._trained_parameters())
         memory, memory_lengths = self.model.encode(*model_inputs(batch))
         loss, loss_ctc, loss_att, accuracy = self.model.losses(
             memory, memory_lengths, batch["targets"]

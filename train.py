@@ -8,10 +8,12 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espnet.nets.encoders import resolve_encoders
 from espnet.utils.option_checks import training_problems
 from espnet.utils.options import (
     DEFAULT_LIST,
-    DEMO_OPTIONS,
+    complete_encoders,
+    demo_options,
     one_line,
     train_parser,
 )
@@ -38,11 +40,13 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser
     parser = train_parser()
     args = parser.parse_args(argv)
     if args.demo:
-        parser.set_defaults(**DEMO_OPTIONS)
+        parser.set_defaults(**demo_options(args))
         args = parser.parse_args(argv)
         make_corpus(args, parser)
+    args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)
     if problems := training_problems(args):
         parser.error("; ".join(problems))
+    complete_encoders(args, args.modality)
     if not args.test_file and (Path(args.root_dir) / "labels" / DEFAULT_LIST).is_file():
         args.test_file = DEFAULT_LIST
     find_vocabulary(args, parser)
@@ -77,7 +81,7 @@ def run(args: Namespace) -> None:
 
     from espnet.utils.building import build_data, build_model, build_module, build_text_transform
     from espnet.utils.checkpoint import load_weights, read_state_dict, transfer_weights
-    from espnet.utils.trainer import package_versions, set_up_logging
+    from espnet.utils.trainer import package_versions, parameter_count, set_up_logging
 
     set_up_logging(debug=args.debug)
     pl.seed_everything(args.seed, workers=True, verbose=False)
@@ -103,8 +107,7 @@ def run(args: Namespace) -> None:
     if trainer.is_global_zero and not args.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(args, run_dir / "config.yaml", package_versions())
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        print(f"Training {weights / 1e6:.2f} M parameters ({args.modality}) in {run_dir}")
+        print(f"Training {parameter_count(model)} ({args.modality}) in {run_dir}")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
     except MisconfigurationException as error:

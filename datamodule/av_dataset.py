@@ -59,6 +59,7 @@ class AVDataset(Dataset):
         training: Whether the random transforms differ from epoch to epoch.
         seed: Seed of masks, crops and noise.
         max_frames: Most frames that a clip may really have, whatever its list says.
+        too_long: What to do with a longer one, for the error.
         skip_bad_clips: Whether a clip that cannot be read is logged and gives None.
 
     Raises:
@@ -77,6 +78,7 @@ class AVDataset(Dataset):
         training: bool = False,
         seed: int = 0,
         max_frames: int | None = None,
+        too_long: str = "raise --max-frames or remove it",
         skip_bad_clips: bool = False,
     ) -> None:
         if video_transform is None and audio_transform is None:
@@ -89,6 +91,7 @@ class AVDataset(Dataset):
         self.training = training
         self.seed = seed
         self.max_frames = max_frames
+        self.too_long = too_long
         self.skip_bad_clips = skip_bad_clips
         if labels.holds_ids:
             labels.check_token_ids(self._id_vocabulary.odim - 2)
@@ -174,8 +177,7 @@ class AVDataset(Dataset):
         if self.max_frames is not None and frames > self.max_frames:
             raise MediaError(
                 path,
-                f"it has {frames} frames, expected at most {self.max_frames}; raise --max-frames "
-                "or remove it",
+                f"it has {frames} frames, expected at most {self.max_frames}; {self.too_long}",
             )
 
     def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

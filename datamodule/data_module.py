@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 from datamodule.av_dataset import AVDataset, Vocabulary
 from datamodule.label_list import LabelList
 from datamodule.loaders import STREAMS, ClipLoader, ResumableLoader
-from datamodule.media import MediaError, find_audio
+from datamodule.media import VIDEO_RATE, MediaError, find_audio
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
 from datamodule.transforms import CLEAN_SNR, AudioTransform, VideoTransform, needs_noise
@@ -42,11 +42,12 @@ class DataModule(pl.LightningDataModule):
         seed: Seed of batches, masks, crops and noise; at least 0.
         crop_size: Height and width of the video in pixels.
         audio_normalize: Whether audio is layer-normalised over the utterance.
+        max_seconds: Longest utterance that the audio encoder takes; None for no limit.
         noise_files: Noise; without one, babble of other utterances of the training list (of the
             test list where there is no training list).
         snr_targets: SNRs in dB of the tests to come; 999999 is clean.
         skip_bad_clips: Whether training leaves out, counts and logs clips that cannot be read or
-            are longer than `max_frames`.
+            are longer than `max_frames` or `max_seconds`.
 
     Raises:
         ValueError: `streams` holds something else, or nothing.
@@ -69,6 +70,7 @@ class DataModule(pl.LightningDataModule):
         seed: int = 0,
         crop_size: int = 88,
         audio_normalize: bool = True,
+        max_seconds: int | None = None,
         noise_files: Sequence[str] = (),
         snr_targets: Sequence[float] = (CLEAN_SNR,),
         skip_bad_clips: bool = False,
@@ -90,6 +92,14 @@ class DataModule(pl.LightningDataModule):
         self.seed = seed
         self.crop_size = crop_size
         self.audio_normalize = audio_normalize
+        self.longest_clip = max_frames  # frames
+        self.too_long = "raise --max-frames or remove it"
+        if max_seconds is not None and max_seconds * VIDEO_RATE < max_frames:
+            self.longest_clip = max_seconds * VIDEO_RATE
+            self.too_long = (
+                f"the audio encoder takes {max_seconds} s: remove it or choose another "
+                "--audio-encoder"
+            )
         self.noise_files = tuple(noise_files)
         self.snr_targets = tuple(snr_targets)
         self.skip_bad_clips = skip_bad_clips
@@ -108,7 +118,8 @@ class DataModule(pl.LightningDataModule):
 
         Raises:
             ValueError: A list is not given, cannot be read or is malformed, or an utterance is
-                longer than `max_frames` (in training only without `skip_bad_clips`).
+                longer than `max_frames` or `max_seconds` (in training only without
+                `skip_bad_clips`).
             MediaError: A clip is missing, or a noise file cannot be read.
         """
         if stage == "fit" or (stage is None and self.train_file):
@@ -127,7 +138,7 @@ class DataModule(pl.LightningDataModule):
         labels = self.train_dataset.labels
         indices = np.arange(len(labels))
         if self.skip_bad_clips:
-            indices = np.setdiff1d(indices, labels.longer_than(self.max_frames))
+            indices = np.setdiff1d(indices, labels.longer_than(self.longest_clip))
         rank, world_size = self._rank_and_world_size()
         sampler = LengthBucketBatchSampler(
             labels.num_frames,
@@ -198,7 +209,8 @@ class DataModule(pl.LightningDataModule):
             audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
             training=training,
             seed=self.seed,
-            max_frames=self.max_frames,
+            max_frames=self.longest_clip,
+            too_long=self.too_long,
             skip_bad_clips=training and self.skip_bad_clips,
         )
         if not dataset.skip_bad_clips:
@@ -240,13 +252,13 @@ class DataModule(pl.LightningDataModule):
                 raise MediaError(path, f"it does not exist, but {labels.where(index)} names it")
 
     def _check_lengths(self, labels: LabelList, *, may_skip: bool) -> None:
-        too_long = labels.longer_than(self.max_frames)
+        too_long = labels.longer_than(self.longest_clip)
         if len(too_long) == 0:
             return
         first = int(too_long[0])
         message = (
             f"{labels.where(first)}: got a clip of {labels.num_frames[first]} frames, expected at "
-            f"most {self.max_frames}; raise --max-frames or remove it"
+            f"most {self.longest_clip}; {self.too_long}"
         )
         if not may_skip or len(too_long) == len(labels):
             raise ValueError(message)

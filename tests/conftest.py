@@ -42,3 +42,13 @@ def train_arguments(corpus, tmp_path_factory):
 
     arguments.exp_dir = exp_dir
     return arguments
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory):
+    """Folder of tiny checkpoints with random weights: vit, clip, whisper and wavlm."""
+    from espnet.utils.tiny_checkpoints import make_tiny_checkpoints
+
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny_checkpoints(folder)
+    return folder

@@ -289,7 +289,7 @@ def test_all_problems_of_a_command_line_are_named_at_once(capsys, tmp_path):
         "multiple of --aheads 7",
         "--cnn-module-kernel 30 must be odd",
         "need --pretrained-model-path",
-        "--modality-dropout needs --modality audiovisual, not audio",
+        "--modality-dropout needs a model of video and audio, not of audio alone",
         "--ckpt-path gone.ckpt does not exist",
     ):
         assert part in error

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from datamodule.data_module import DataModule
 from datamodule.text_transform import TextTransform
-from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E, STREAMS
+from espnet.nets.encoders import AUDIO_ENCODERS, STREAMS, EncoderChoice
+from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.utils.options import CLEAN_SNR, model_options
 from lightning import ModelModule
 
@@ -57,6 +58,8 @@ def build_data(
     train_file = args.train_file
     if train_file and not (Path(args.root_dir) / "labels" / train_file).is_file():
         train_file = None  # The test data are elsewhere: their babble comes from the test list.
+    hears = "audio" in STREAMS[modality]
+    audio = AUDIO_ENCODERS[args.audio_encoder] if hears else EncoderChoice()
     return DataModule(
         root_dir=args.root_dir,
         streams=STREAMS[modality],
@@ -70,8 +73,10 @@ def build_data(
         num_workers=args.num_workers,
         seed=args.seed,
         crop_size=args.crop_size,
+        audio_normalize=audio.normalized_audio,
+        max_seconds=audio.max_seconds,
         noise_files=args.noise_file or (),
-        snr_targets=args.decode_snr_target if "audio" in STREAMS[modality] else (CLEAN_SNR,),
+        snr_targets=args.decode_snr_target if hears else (CLEAN_SNR,),
         skip_bad_clips=args.skip_bad_clips,
     )
 

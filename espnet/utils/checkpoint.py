@@ -136,8 +136,9 @@ def transfer_weights(
     for part in parts:
         prefix = f"{part}."
         weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        if weights and hasattr(model, part):
-            load_weights(getattr(model, part), weights, path)
+        module = getattr(model, part, None)
+        if weights and module is not None:
+            load_weights(module, weights, path)
             loaded.append(part)
     if (frontend and loaded in ([], ["encoder"])) or (encoder and "encoder" not in loaded):
         raise ValueError(

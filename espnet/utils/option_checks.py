@@ -3,6 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
+from espnet.nets.encoders import encoder_problems
+from espnet.utils.options import encoder_options
+
 
 def training_problems(args: Namespace) -> list[str]:
     """What is wrong with train.py's options.
@@ -16,7 +19,7 @@ def training_problems(args: Namespace) -> list[str]:
     problems = []
     required = {
         "--exp-name": args.exp_name,
-        "--modality": args.modality,
+        "--modality (or --vision-encoder, --audio-encoder)": args.modality,
         "--root-dir": args.root_dir,
         "--train-file": args.train_file,
     }
@@ -93,7 +96,7 @@ def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:
 
 
 def _model_problems(args: Namespace, modality: str | None) -> list[str]:
-    problems = []
+    problems = encoder_problems(modality, encoder_options(args)) if modality else []
     if args.adim % args.aheads or args.adim % 2:
         problems.append(f"--adim {args.adim} must be even and a multiple of --aheads {args.aheads}")
     if args.cnn_module_kernel % 2 == 0:
@@ -102,7 +105,7 @@ def _model_problems(args: Namespace, modality: str | None) -> list[str]:
         problems.append(f"--modality-dropout {args.modality_dropout}: the sum must be at most 1")
     if any(args.modality_dropout) and modality in ("audio", "video"):
         problems.append(
-            f"--modality-dropout needs --modality audiovisual, not {modality}: a model with "
-            "one stream has none to spare"
+            f"--modality-dropout needs a model of video and audio, not of {modality} alone, which "
+            "has no stream to spare"
         )
     return problems

@@ -55,3 +55,16 @@ def probability(text: str) -> float:
 def batches(text: str) -> int | float:
     """Parses a number of batches (`4`, `0`) or a share of them (`0.1`)."""
     return natural(text) if text.isdigit() else probability(text)
+
+
+def hidden_layer(text: str) -> int | str:
+    """Parses a number of a hidden layer from -1 on, or `weighted`."""
+    if text == "weighted":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = -2
+    if value < -1:
+        raise ArgumentTypeError(f"{text} is no hidden layer: -1, a number from 0, or weighted")
+    return value

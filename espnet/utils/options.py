@@ -3,13 +3,25 @@
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+from espnet.nets.encoders import (
+    AUDIO_ENCODERS,
+    FRAME_RATES,
+    POOLINGS,
+    STREAMS,
+    VISION_ENCODERS,
+    EncoderOptions,
+    resolve_encoders,
+)
 from espnet.utils.option_types import (
     batches,
     count,
     finite,
+    hidden_layer,
     natural,
     non_negative,
     positive,
@@ -49,9 +61,8 @@ DEMO_OPTIONS = {
     "decode_snr_target": [CLEAN_SNR, 10.0, 5.0, 0.0, -5.0],
 }
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
-MODALITIES = ("audio", "video", "audiovisual")
+ENCODER_FIELDS = fields(EncoderOptions)
 MODEL_OPTIONS = (
-    "audio_encoder",
     "adim",
     "aheads",
     "eunits",
@@ -59,12 +70,11 @@ MODEL_OPTIONS = (
     "dunits",
     "dlayers",
     "cnn_module_kernel",
-    "video_width",
-    "audio_width",
     "dropout_rate",
     "label_smoothing",
     "ctc_weight",
     "modality_dropout",
+    *(field.name for field in ENCODER_FIELDS),
 )
 
 
@@ -176,34 +186,20 @@ def add_data_options(parser: ArgumentParser, *, training: bool) -> None:
 def add_model_options(parser: ArgumentParser) -> None:
     """Adds what model to build; the defaults are auto_avsr's."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--modality", choices=MODALITIES, help="streams that the model takes", default=None
-    )
-    group.add_argument(
-        "--audio-encoder",
-        choices=("resnet1d", "fbank"),
-        default="resnet1d",
-        help="audio front-end: auto_avsr's ResNet on the waveform, or a log-mel filter bank with "
-        "two convolutions (%(default)s)",
-    )
     group.add_argument("--adim", type=count, default=768, help="feature size (%(default)s)")
     group.add_argument("--aheads", type=count, default=12, help="attention heads (%(default)s)")
     group.add_argument(
         "--eunits", type=count, default=3072, help="encoder feed-forward units (%(default)s)"
     )
-    group.add_argument("--elayers", type=count, default=12, help="encoder blocks (%(default)s)")
+    group.add_argument(
+        "--elayers", type=natural, default=12, help="encoder blocks, 0 leaves the encoder out (12)"
+    )
     group.add_argument(
         "--dunits", type=count, default=3072, help="decoder feed-forward units (%(default)s)"
     )
     group.add_argument("--dlayers", type=count, default=6, help="decoder blocks (%(default)s)")
     group.add_argument(
         "--cnn-module-kernel", type=count, default=31, help="Conformer kernel, odd (%(default)s)"
-    )
-    group.add_argument(
-        "--video-width", type=count, default=64, help="channels of the video ResNet (%(default)s)"
-    )
-    group.add_argument(
-        "--audio-width", type=count, default=64, help="channels of the audio ResNet (%(default)s)"
     )
     group.add_argument("--dropout-rate", type=probability, default=0.1, help="(%(default)s)")
     group.add_argument(
@@ -220,6 +216,104 @@ def add_model_options(parser: ArgumentParser) -> None:
         metavar=("P_AUDIO", "P_VIDEO"),
         help="probabilities that a training utterance loses its audio, its video (0 0); the model "
         "then also takes one stream alone",
+    )
+
+
+def add_encoder_options(parser: ArgumentParser) -> None:
+    """Adds what encodes the streams; what is left out follows from `EncoderOptions`."""
+    group = parser.add_argument_group("encoders")
+    group.add_argument(
+        "--modality",
+        choices=tuple(STREAMS),
+        help="streams that the model takes (default: those of the encoders)",
+    )
+    group.add_argument(
+        "--vision-encoder",
+        choices=tuple(VISION_ENCODERS),
+        help="video front-end: auto_avsr's ResNet, or a pretrained ViT or CLIP on each frame "
+        "(default: resnet if the modality has video)",
+    )
+    group.add_argument(
+        "--audio-encoder",
+        choices=tuple(AUDIO_ENCODERS),
+        help="audio front-end: auto_avsr's ResNet on the waveform, a log-mel filter bank with two "
+        "convolutions, or a pretrained Whisper or WavLM (default: resnet1d if the modality has "
+        "audio)",
+    )
+    for word, table in (("vision", VISION_ENCODERS), ("audio", AUDIO_ENCODERS)):
+        usual = [f"{name}: {choice.checkpoint}" for name, choice in table.items()]
+        group.add_argument(
+            f"--{word}-encoder-name",
+            metavar="ID|FOLDER",
+            help="checkpoint of it: a Hugging Face hub id, or a folder as save_pretrained leaves "
+            f"it (default: {', '.join(text for text in usual if 'None' not in text)})",
+        )
+    for word in ("vision", "audio"):
+        group.add_argument(
+            f"--freeze-{word}-encoder",
+            action=BooleanOptionalAction,
+            help="leave its weights as they are (default: if it is pretrained)",
+        )
+    group.add_argument(
+        "--unfreeze-last-layers",
+        type=natural,
+        default=0,
+        metavar="N",
+        help="train the last N layers of frozen pretrained encoders (%(default)s)",
+    )
+    group.add_argument(
+        "--encoder-layer",
+        type=hidden_layer,
+        default=-1,
+        metavar="-1|K|weighted",
+        help="hidden layer of pretrained encoders that feeds the fusion, 0 being the input of the "
+        "first; -1: their output; weighted: a learned mean over all (%(default)s)",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action=BooleanOptionalAction,
+        default=True,
+        help="pretrained encoders that are trained compute their activations again in the backward "
+        "pass, which saves memory (%(default)s)",
+    )
+    group.add_argument(
+        "--frame-rate",
+        type=int,
+        choices=FRAME_RATES,
+        default=25,
+        help="frames a second at which the streams are fused: at 25, features of Whisper and WavLM "
+        "are stacked in pairs, at 50, video is repeated (%(default)s)",
+    )
+    group.add_argument(
+        "--video-width", type=count, default=64, help="channels of the video ResNet (%(default)s)"
+    )
+    group.add_argument(
+        "--audio-width", type=count, default=64, help="channels of the audio ResNet (%(default)s)"
+    )
+    group.add_argument(
+        "--vision-pooling",
+        choices=POOLINGS,
+        default="cls",
+        help="feature of a frame: ViT's and CLIP's class token, or the mean over their patches "
+        "(%(default)s)",
+    )
+    group.add_argument(
+        "--vision-image-size",
+        type=count,
+        metavar="PIXELS",
+        help="side to which ViT and CLIP resize frames; 224 is most checkpoints' own (default: the "
+        "smallest multiple of the patch size that holds the crop)",
+    )
+    group.add_argument(
+        "--vision-chunk-frames",
+        type=count,
+        default=128,
+        help="frames that ViT and CLIP encode at once; bounds the memory (%(default)s)",
+    )
+    group.add_argument(
+        "--whisper-pad-30s",
+        action="store_true",
+        help="pad utterances to 30 s for Whisper's encoder, as it was trained: slower",
     )
 
 
@@ -305,6 +399,7 @@ def train_parser() -> ArgumentParser:
     parser = OneLineParser(description="Train an audio-visual speech recogniser.")
     add_run_options(parser)
     add_data_options(parser, training=True)
+    add_encoder_options(parser)
     add_model_options(parser)
     add_optimiser_options(parser)
     add_decoding_options(parser)
@@ -325,10 +420,47 @@ def eval_parser() -> ArgumentParser:
         "--output-dir", help="folder of hypotheses and summary (default: beside the checkpoint)"
     )
     add_data_options(parser, training=False)
+    add_encoder_options(parser)
     add_model_options(parser)
     add_decoding_options(parser)
     add_hardware_options(parser)
     return parser
+
+
+def demo_options(given: Namespace) -> dict[str, Any]:
+    """Defaults of the demo; encoders or a modality that were given take the place of its own.
+
+    Args:
+        given: Options of the command line.
+
+    Returns:
+        Values by name of the option.
+    """
+    options = dict(DEMO_OPTIONS)
+    modality, *_ = resolve_encoders(given.modality, given.vision_encoder, given.audio_encoder)
+    if modality:
+        del options["modality"], options["audio_encoder"]
+        if modality != "audiovisual":
+            del options["modality_dropout"]
+    return options
+
+
+def encoder_options(args: Namespace) -> EncoderOptions:
+    """The options of the encoders group, for `E2E` and for checks."""
+    return EncoderOptions(**{field.name: getattr(args, field.name) for field in ENCODER_FIELDS})
+
+
+def complete_encoders(args: Namespace, modality: str) -> None:
+    """Fills in the encoders, their checkpoints and whether they are frozen.
+
+    Args:
+        args: Options, free of contradictions.
+        modality: Of the model.
+    """
+    for name, value in vars(encoder_options(args).resolved(modality)).items():
+        if name.endswith("_name") and value is not None and Path(value).is_dir():
+            value = str(Path(value).resolve())
+        setattr(args, name, value)
 
 
 def model_options(args: Namespace) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any
 
 import yaml
 
+from espnet.nets.encoders import resolve_encoders
 from espnet.utils.options import (
     add_data_options,
     add_decoding_options,
+    add_encoder_options,
     add_model_options,
     train_parser,
 )
@@ -30,7 +32,7 @@ def parse_eval_args(
         Options, and the modality that the model was trained for, None if nothing tells.
     """
     inherited = ArgumentParser()
-    for add in (add_model_options, add_decoding_options):
+    for add in (add_encoder_options, add_model_options, add_decoding_options):
         add(inherited)
     add_data_options(inherited, training=True)
     names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
@@ -49,7 +51,10 @@ def parse_eval_args(
     parser.set_defaults(**run)
     args = parser.parse_args(argv)
     options = {**vars(train_parser().parse_args([])), **run, **vars(args)}
-    return Namespace(**options), config.get("modality", args.modality)
+    args = Namespace(**options)
+    if "modality" not in config:
+        args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)
+    return args, config.get("modality", args.modality)
 
 
 def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:

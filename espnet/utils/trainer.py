@@ -15,10 +15,19 @@ import torch
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
 
-PACKAGES = ("torch", "torchaudio", "pytorch-lightning", "numpy", "sentencepiece", "av")
+PACKAGES = (
+    "torch",
+    "torchaudio",
+    "pytorch-lightning",
+    "transformers",
+    "numpy",
+    "sentencepiece",
+    "av",
+)
 
 
 def hardware_options(args: Namespace) -> dict[str, Any]:
@@ -112,6 +121,14 @@ def build_logger(name: str, run_dir: Path, group: str | None) -> Logger | bool:
     return False
 
 
+def parameter_count(model: nn.Module) -> str:
+    """How many parameters are trained, and of how many, in words."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    of_all = "" if trained == total else f" of {total / 1e6:.2f}"
+    return f"{trained / 1e6:.2f}{of_all} M parameters"
+
+
 def package_versions() -> dict[str, str]:
     """Versions of what computes: Python and the packages, and the GPU if there is one."""
     versions = {"python": platform.python_version()}
@@ -127,6 +144,9 @@ def set_up_logging(*, debug: bool) -> None:
     Args:
         debug: Log at debug level.
     """
+    transformers_logging.disable_progress_bar()
+    # WavLM's attention in transformers mixes kinds of masks that PyTorch will no longer mix.
+    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s %(message)s"
     )
@@ -136,6 +156,7 @@ def set_up_logging(*, debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")  # what is frozen
     # Two workers are right for two cores, whatever the number of cores that Lightning sees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

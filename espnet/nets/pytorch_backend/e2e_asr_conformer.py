@@ -7,52 +7,97 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.encoders import (
+    AUDIO_ENCODERS,
+    STREAMS,
+    VISION_ENCODERS,
+    EncoderOptions,
+    encoder_problems,
+    pretrained_of,
+)
+from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
+from espnet.nets.pytorch_backend.frontend.clip_encoder import CLIPEncoder
 from espnet.nets.pytorch_backend.frontend.fbank import FilterBank
 from espnet.nets.pytorch_backend.frontend.resnet import Conv3dResNet
 from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
-from espnet.nets.pytorch_backend.nets_utils import token_accuracy
+from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
+from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
+from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
+from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval, token_accuracy
 
-STREAMS = {
-    "audio": ("audio",),
-    "video": ("video",),
-    "audiovisual": ("video", "audio"),
-}
 MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
 
 
-def build_video_frontend(name: str, *, width: int) -> nn.Module:
+def build_video_frontend(options: EncoderOptions) -> nn.Module:
     """Builds the front-end of the video stream.
 
     Args:
-        name: `resnet`.
-        width: Channels of its first stage.
+        options: Resolved.
+
+    Returns:
+        The front-end; its weights are those of a checkpoint if it is pretrained.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the checkpoint cannot be loaded.
     """
+    name = options.vision_encoder
+    of_images = {
+        "freeze": options.freeze_vision_encoder,
+        "unfreeze_last_layers": _unfrozen(options, options.freeze_vision_encoder),
+        "encoder_layer": options.encoder_layer,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "pooling": options.vision_pooling,
+        "image_size": options.vision_image_size,
+        "chunk_frames": options.vision_chunk_frames,
+    }
     if name == "resnet":
-        return Conv3dResNet(width=width)
-    raise ValueError(f"video front-end {name!r} is unknown: choose resnet")
+        frontend = Conv3dResNet(width=options.video_width)
+        return frontend.requires_grad_(not options.freeze_vision_encoder)
+    elif name == "vit":
+        return ViTEncoder(options.vision_encoder_name, **of_images)
+    elif name == "clip":
+        return CLIPEncoder(options.vision_encoder_name, **of_images)
+    raise ValueError(f"video front-end {name!r} is unknown: choose {', '.join(VISION_ENCODERS)}")
 
 
-def build_audio_frontend(name: str, *, width: int) -> nn.Module:
+def build_audio_frontend(options: EncoderOptions) -> nn.Module:
     """Builds the front-end of the audio stream.
 
     Args:
-        name: `resnet1d` or `fbank`.
-        width: An eighth of the size of its features.
+        options: Resolved.
+
+    Returns:
+        The front-end; its weights are those of a checkpoint if it is pretrained.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or the checkpoint cannot be loaded.
     """
+    name = options.audio_encoder
+    of_waves = {
+        "freeze": options.freeze_audio_encoder,
+        "unfreeze_last_layers": _unfrozen(options, options.freeze_audio_encoder),
+        "encoder_layer": options.encoder_layer,
+        "gradient_checkpointing": options.gradient_checkpointing,
+    }
     if name == "resnet1d":
-        return Conv1dResNet(width=width)
+        frontend = Conv1dResNet(width=options.audio_width)
+        return frontend.requires_grad_(not options.freeze_audio_encoder)
     elif name == "fbank":
-        return FilterBank(width=width)
-    raise ValueError(f"audio front-end {name!r} is unknown: choose resnet1d or fbank")
+        frontend = FilterBank(width=options.audio_width)
+        return frontend.requires_grad_(not options.freeze_audio_encoder)
+    elif name == "whisper":
+        pad_30s = options.whisper_pad_30s
+        return WhisperEncoder(options.audio_encoder_name, pad_30s=pad_30s, **of_waves)
+    elif name == "wavlm":
+        return WavLMEncoder(options.audio_encoder_name, **of_waves)
+    raise ValueError(f"audio front-end {name!r} is unknown: choose {', '.join(AUDIO_ENCODERS)}")
+
+
+def _unfrozen(options: EncoderOptions, freeze: bool) -> int:
+    return options.unfreeze_last_layers if freeze else 0
 
 
 class E2E(nn.Module):
@@ -69,22 +114,23 @@ class E2E(nn.Module):
         adim: Feature size D of encoder and decoder.
         aheads: Attention heads.
         eunits: Feed-forward units of the encoder.
-        elayers: Blocks of the encoder.
+        elayers: Blocks of the encoder; 0 leaves it out. Then, and if the audio encoder is
+            pretrained, has features of size `adim` and the clock its rate, the fused features
+            are the audio's at the start.
         dunits: Feed-forward units of the decoder.
         dlayers: Blocks of the decoder.
         cnn_module_kernel: Frames that the encoder's convolutions see.
-        audio_encoder: `resnet1d`, auto_avsr's, or `fbank`.
-        video_width: An eighth of the size of the video front-end's features.
-        audio_width: Likewise for audio.
         dropout_rate: Dropout everywhere.
         label_smoothing: Probability that the decoder's target leaves to the other tokens.
         modality_dropout: Probabilities with which a training utterance loses its audio, and its
             video; never both. If either is positive, a learned vector stands in for a missing
             stream, and the model also takes inputs that lack one.
+        **encoder_options: Fields of `EncoderOptions`: `vision_encoder`, `audio_encoder` and so on.
 
     Raises:
-        ValueError: If the modality is unknown, a weight or probability is out of range, or
-            modality dropout is asked of a model with one stream.
+        ValueError: If the modality is unknown, a weight or probability is out of range, modality
+            dropout is asked of a model with one stream, the encoders do not fit together, or a
+            checkpoint cannot be loaded.
     """
 
     def __init__(
@@ -101,15 +147,17 @@ class E2E(nn.Module):
         dunits: int = 3072,
         dlayers: int = 6,
         cnn_module_kernel: int = 31,
-        audio_encoder: str = "resnet1d",
-        video_width: int = 64,
-        audio_width: int = 64,
         dropout_rate: float = 0.1,
         label_smoothing: float = 0.1,
         modality_dropout: tuple[float, float] = (0.0, 0.0),
+        **encoder_options: Any,
     ) -> None:
         super().__init__()
         _check_arguments(modality, ctc_weight, label_smoothing, modality_dropout)
+        options = EncoderOptions(**encoder_options)
+        if problems := encoder_problems(modality, options):
+            raise ValueError("; ".join(problems))
+        options = options.resolved(modality)
         self.odim = odim
         self.sos = self.eos = odim - 1
         self.streams = STREAMS[modality]
@@ -118,23 +166,32 @@ class E2E(nn.Module):
         self.label_smoothing = label_smoothing
         self.modality_dropout = modality_dropout
 
+        self.frame_rate = options.frame_rate
         if "video" in self.streams:
-            self.video_frontend = build_video_frontend("resnet", width=video_width)
+            self.video_frontend = build_video_frontend(options)
         if "audio" in self.streams:
-            self.audio_frontend = build_audio_frontend(audio_encoder, width=audio_width)
+            self.audio_frontend = build_audio_frontend(options)
+        widths = {stream: self._width(stream) for stream in self.streams}
         if any(modality_dropout):
-            self.missing_video = nn.Parameter(torch.zeros(self.video_frontend.output_dim))
-            self.missing_audio = nn.Parameter(torch.zeros(self.audio_frontend.output_dim))
-        features = sum(self._frontend(stream).output_dim for stream in self.streams)
-        self.proj_encoder = nn.Linear(features, adim)
-        self.encoder = ConformerEncoder(
-            attention_dim=adim,
-            attention_heads=aheads,
-            linear_units=eunits,
-            num_blocks=elayers,
-            cnn_module_kernel=cnn_module_kernel,
-            dropout_rate=dropout_rate,
-        )
+            self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
+            self.missing_audio = nn.Parameter(torch.zeros(widths["audio"]))
+        self.proj_encoder = nn.Linear(sum(widths.values()), adim)
+        self.encoder = None
+        if elayers:
+            self.encoder = ConformerEncoder(
+                attention_dim=adim,
+                attention_heads=aheads,
+                linear_units=eunits,
+                num_blocks=elayers,
+                cnn_module_kernel=cnn_module_kernel,
+                dropout_rate=dropout_rate,
+            )
+        elif options.audio_encoder in pretrained_of(AUDIO_ENCODERS):
+            if (self.audio_frontend.output_dim, self.audio_frontend.frame_rate) == (
+                adim,
+                self.frame_rate,
+            ):
+                _pass_on_last(self.proj_encoder)
         self.decoder = TransformerDecoder(
             odim=odim,
             attention_dim=adim,
@@ -145,6 +202,7 @@ class E2E(nn.Module):
         )
         self.ctc = CTC(odim=odim, encoder_dim=adim, dropout_rate=dropout_rate, ignore_id=ignore_id)
         self.register_load_state_dict_pre_hook(_rename_on_load)
+        self.train()  # but for what is frozen
 
     def forward(
         self,
@@ -223,10 +281,39 @@ class E2E(nn.Module):
             for stream in self.streams
         ]
         fused = self.proj_encoder(torch.cat(features, dim=-1))
-        return self.encoder(fused, frames), frames
+        return fused if self.encoder is None else self.encoder(fused, frames), frames
+
+    def train(self, mode: bool = True) -> "E2E":
+        """Sets training mode, except for what is frozen.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            This module.
+        """
+        super().train(mode)
+        keep_frozen_in_eval(self)
+        return self
 
     def _frontend(self, stream: str) -> nn.Module:
         return self.video_frontend if stream == "video" else self.audio_frontend
+
+    def _width(self, stream: str) -> int:
+        """Size of the features of a stream on the clock."""
+        frontend = self._frontend(stream)
+        return clock_width(frontend.output_dim, frontend.frame_rate, self.frame_rate)
+
+    def _features(self, stream: str, x: Tensor, lengths: Tensor) -> Tensor:
+        """Features of a stream on the clock, (B, T, D)."""
+        frontend = self._frontend(stream)
+        return to_clock(frontend(x, lengths)[0], frontend.frame_rate, self.frame_rate)
+
+    def _frames(self, stream: str, lengths: Tensor) -> Tensor:
+        """Frames on the clock of a stream, (B,)."""
+        frontend = self._frontend(stream)
+        lengths = frontend.output_lengths(lengths)
+        return clock_lengths(lengths, frontend.frame_rate, self.frame_rate)
 
     def _clock(self, lengths: Mapping[str, Tensor]) -> Tensor:
         """Frames of each utterance, (B,): those of the first stream; the other's may differ a bit.
@@ -235,13 +322,15 @@ class E2E(nn.Module):
             ValueError: If they differ by more than `MAX_LENGTH_DIFFERENCE`.
         """
         streams = [stream for stream in self.streams if stream in lengths]
-        first, *others = (self._frontend(s).output_lengths(lengths[s]) for s in streams)
+        first, *others = (self._frames(stream, lengths[stream]) for stream in streams)
         for stream, frames in zip(streams[1:], others, strict=True):
-            difference = int((frames - first).abs().max())
-            if difference > MAX_LENGTH_DIFFERENCE:
+            difference = (frames - first).abs()
+            if difference.max() > MAX_LENGTH_DIFFERENCE:
+                row = int(difference.argmax())
                 raise ValueError(
-                    f"{stream} and {streams[0]} of an utterance differ by {difference} frames, at "
-                    f"most {MAX_LENGTH_DIFFERENCE} are expected: they do not belong together"
+                    f"utterance {row} of the batch has {int(first[row])} frames of {streams[0]} "
+                    f"and {int(frames[row])} of {stream}, at most {MAX_LENGTH_DIFFERENCE} may lie "
+                    "between them: they do not belong together"
                 )
         return first
 
@@ -249,14 +338,13 @@ class E2E(nn.Module):
         self, stream: str, x: Tensor, lengths: Tensor, lost: Tensor | None
     ) -> Tensor:
         """Features of a stream, (B, T, D); utterances that lost it, (B,) bool, get its vector."""
-        frontend = self._frontend(stream)
         if lost is None:
-            return frontend(x, lengths)[0]
+            return self._features(stream, x, lengths)
         # Lost utterances save their work. One is always encoded, and the vector is always used:
         # processes that train together wait for a gradient of every parameter.
         rows = (~lost).nonzero().flatten() if not lost.all() else torch.zeros(1, dtype=torch.int64)
         rows = rows.to(x.device)
-        kept, _ = frontend(x[rows], lengths[rows])
+        kept = self._features(stream, x[rows], lengths[rows])
         vector = getattr(self, f"missing_{stream}").to(kept.dtype)
         features = vector.repeat(len(x), kept.size(1), 1).index_copy(0, rows, kept)
         return torch.where(lost.to(x.device)[:, None, None], vector, features)
@@ -329,6 +417,14 @@ def _check_arguments(
             f"modality dropout {tuple(modality_dropout)} with modality {modality}: only an "
             "audiovisual model has a stream to spare, set it to 0 0"
         )
+
+
+def _pass_on_last(projection: nn.Linear) -> None:
+    """Makes a projection give its last inputs, as many as it has outputs, as they are."""
+    with torch.no_grad():
+        projection.weight.zero_()
+        projection.bias.zero_()
+        projection.weight[:, -projection.out_features :].fill_diagonal_(1.0)
 
 
 def _fit_length(features: Tensor, length: int) -> Tensor:

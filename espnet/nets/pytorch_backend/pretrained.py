@@ -70,6 +70,17 @@ def load_pretrained(
     return model
 
 
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Makes layers in training mode compute their activations again in the backward pass.
+
+    Args:
+        model: Model of transformers.
+    """
+    # transformers renamed it in the course of version 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
 def _cause(error: Exception) -> str:
     """Why transformers could not load a checkpoint, as the rest of a sentence that names it."""
     causes = []

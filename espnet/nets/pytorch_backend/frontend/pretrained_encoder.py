@@ -63,6 +63,7 @@ class PretrainedEncoder(nn.Module):
             trained = not freeze or unfreeze_last_layers > 0
             in_last_layer = self.norm_ends_last_layer and used == number
             norm.requires_grad_(trained and (encoder_layer == -1 or in_last_layer))
+        self.train()  # transformers loads in eval mode
 
     @property
     def layers(self) -> nn.ModuleList:

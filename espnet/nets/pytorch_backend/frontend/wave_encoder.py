@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
 from espnet.nets.pytorch_backend.nets_utils import length_groups
+from espnet.nets.pytorch_backend.pretrained import enable_gradient_checkpointing
 
 SAMPLES_PER_FEATURE = 320  # 50 features a second
 
@@ -29,7 +30,7 @@ class WaveEncoder(PretrainedEncoder):
     ) -> None:
         super().__init__(backbone, **options)
         if gradient_checkpointing and self.trains_backbone:
-            backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_gradient_checkpointing(backbone)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Encodes waveforms.

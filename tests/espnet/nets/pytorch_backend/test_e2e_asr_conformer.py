@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from espnet.nets.encoders import EncoderOptions
 from espnet.nets.pytorch_backend.e2e_asr_conformer import (
     E2E,
     build_audio_frontend,
@@ -138,7 +139,9 @@ def test_streams_may_differ_by_two_frames_and_the_video_is_the_clock():
     assert frames.tolist() == [8, 8]
     assert memory.shape == (2, 8, 16)
     wrong = {**lengths, "audio": torch.tensor([8, 5]) * 640}
-    with pytest.raises(ValueError, match="audio and video of an utterance differ by 3 frames"):
+    with pytest.raises(
+        ValueError, match="utterance 1 of the batch has 8 frames of video and 5 of audio"
+    ):
         model.encode(x, wrong)
 
 
@@ -175,12 +178,15 @@ def test_a_missing_stream_needs_modality_dropout():
 
 
 def test_unknown_frontends():
-    with pytest.raises(ValueError, match="video front-end 'vgg' is unknown: choose resnet"):
-        build_video_frontend("vgg", width=4)
+    options = EncoderOptions(vision_encoder="vgg", audio_encoder="mfcc")
+    with pytest.raises(ValueError, match="'vgg' is unknown: choose resnet, vit, clip"):
+        build_video_frontend(options)
     with pytest.raises(
-        ValueError, match="audio front-end 'mfcc' is unknown: choose resnet1d or fbank"
+        ValueError, match="'mfcc' is unknown: choose resnet1d, fbank, whisper, wavlm"
     ):
-        build_audio_frontend("mfcc", width=4)
+        build_audio_frontend(options)
+    with pytest.raises(ValueError, match="--vision-encoder vgg is unknown.*--audio-encoder mfcc"):
+        make(vision_encoder="vgg", audio_encoder="mfcc")
 
 
 def test_smoothing_constant_is_the_targets_entropy():

@@ -1,0 +1,194 @@
+"""The entry scripts with pretrained encoders: a run, its checkpoints, its scoring, mistakes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import eval as evaluation
+import train
+from espnet.utils.checkpoint import read_state_dict
+from espnet.utils.options import DEMO_OPTIONS, demo_options, train_parser
+from tests.test_train_and_eval import error_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def arguments(train_arguments, tiny_checkpoints):
+    """Command line of train.py for given encoders, which tell the modality."""
+
+    def of(name, vision, audio, *more):
+        words = [word for word in train_arguments(name, "") if word not in ("--modality", "")]
+        for stream, encoder in (("vision", vision), ("audio", audio)):
+            if encoder is not None:
+                words += [f"--{stream}-encoder", encoder]
+            if encoder in ("vit", "clip", "whisper", "wavlm"):
+                words += [f"--{stream}-encoder-name", str(tiny_checkpoints / encoder)]
+        return [*words, *more]
+
+    of.exp_dir = train_arguments.exp_dir
+    return of
+
+
+@pytest.fixture(scope="module")
+def run_dir(arguments):
+    """An audio-visual run with frozen CLIP and Whisper encoders."""
+    more = ["--test-file", "test.csv", "--elayers", "0", "--modality-dropout", "0.2", "0.2"]
+    train.main(arguments("clip_whisper", "clip", "whisper", *more))
+    return arguments.exp_dir / "clip_whisper"
+
+
+def test_config_names_what_followed_from_the_flags(run_dir, tiny_checkpoints):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["modality"] == "audiovisual"
+    assert config["audio_encoder_name"] == str(tiny_checkpoints.resolve() / "whisper")
+    assert config["freeze_vision_encoder"] is True
+    assert "transformers" in config["versions"]
+
+
+def test_frozen_encoders_stay_and_leave_no_optimiser_state(run_dir, tiny_checkpoints):
+    from transformers import CLIPVisionModel
+
+    state = read_state_dict(run_dir / "last.ckpt")
+    prefix = "video_frontend.backbone."
+    backbone = CLIPVisionModel.from_pretrained(tiny_checkpoints / "clip").state_dict()
+    for name, value in backbone.items():
+        torch.testing.assert_close(state[prefix + name], value, rtol=0, atol=0)
+    content = torch.load(run_dir / "last.ckpt", weights_only=True)
+    (optimizer,) = content["optimizer_states"]
+    trained = [name for name in state if ".backbone." not in name]
+    assert len(optimizer["state"]) == len(trained)
+    assert not any("encoder.encoders" in name for name in trained)  # --elayers 0
+
+
+@pytest.mark.parametrize("modality", ["audiovisual", "audio", "video"])
+def test_eval_takes_the_encoders_from_the_run(run_dir, corpus, modality):
+    path = run_dir / "model_avg_10.pth"
+    evaluation.main(
+        [
+            *["--pretrained-model-path", str(path), "--root-dir", str(corpus)],
+            *["--test-file", "test.csv", "--modality", modality, "--num-workers", "0"],
+        ]
+    )
+    (lines,) = (run_dir / f"model_avg_10_test_{modality}").glob("*.jsonl")
+    found = [json.loads(line)["hypothesis"] for line in lines.read_text().splitlines()]
+    assert len(found) == 4
+    if modality == "audiovisual":
+        (own,) = (run_dir / "test").glob("*.jsonl")
+        assert lines.read_text() == own.read_text()
+
+
+@pytest.mark.parametrize(
+    ("vision", "audio", "modality"),
+    [("vit", None, "video"), (None, "wavlm", "audio"), ("vit", "resnet1d", "audiovisual")],
+)
+def test_the_modality_follows_from_the_encoders(arguments, capsys, vision, audio, modality):
+    words = arguments(f"follows_{modality}", vision, audio, "--max-epochs", "1")
+    train.main([*words, "--unfreeze-last-layers", "1", "--encoder-layer", "weighted"])
+    assert f" M parameters ({modality}) in " in capsys.readouterr().out
+
+
+def test_resuming_trains_on_with_pretrained_encoders(arguments):
+    straight = arguments("straight", None, "whisper", "--no-freeze-audio-encoder")
+    train.main(straight)
+    stopped = arguments("stopped", None, "whisper", "--no-freeze-audio-encoder")
+    train.main(stopped)
+    train.main([*stopped, "--ckpt-path", str(arguments.exp_dir / "stopped/epoch=0.ckpt")])
+    one = read_state_dict(arguments.exp_dir / "straight/last.ckpt")
+    two = read_state_dict(arguments.exp_dir / "stopped/last.ckpt")
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], rtol=0, atol=0, msg=name)
+
+
+def test_whisper_hears_audio_that_is_not_normalised(tiny_checkpoints, corpus):
+    from espnet.utils.building import build_data, build_text_transform
+
+    data = {}
+    for encoder in ("whisper", "wavlm"):
+        args, _ = train.parse_args(
+            [
+                *["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"],
+                *["--val-file", "val.csv", "--num-workers", "0", "--audio-encoder", encoder],
+                *["--audio-encoder-name", str(tiny_checkpoints / encoder)],
+            ]
+        )
+        module = build_data(args, "audio", build_text_transform(args))
+        module.setup("validate")
+        data[encoder] = module.val_dataset[0]["audio"]
+    assert data["whisper"].abs().max() <= 1
+    normalised = torch.nn.functional.layer_norm(data["whisper"], data["whisper"].shape, eps=1e-8)
+    torch.testing.assert_close(data["wavlm"], normalised)
+
+
+def test_long_utterances_are_refused_for_whisper_before_anything_is_written(
+    arguments, corpus, capsys
+):
+    row = (corpus / "labels/train.csv").read_text().splitlines()[0].split(",")
+    (corpus / "labels/long.csv").write_text(f"{row[0]},{row[1]},751,{row[3]}\n")
+    more = ["--train-file", "long.csv", "--max-frames", "1600"]
+    error = error_of(capsys, train, arguments("long", None, "whisper", *more))
+    assert "long.csv, line 1: got a clip of 751 frames, expected at most 750; the audio" in error
+    assert "takes 30 s: remove it or choose another --audio-encoder" in error
+    assert not (arguments.exp_dir / "long").exists()
+
+
+def test_contradictions_are_named_at_once_and_before_torch_is_imported(corpus, tmp_path):
+    code = (
+        "import sys, train\n"
+        "try:\n"
+        "    train.main(sys.argv[1:])\n"
+        "except SystemExit as end:\n"
+        "    assert 'torch' not in sys.modules\n"
+        "    sys.exit(end.code)\n"
+    )
+    words = [
+        *["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"],
+        *["--val-file", "val.csv", "--modality", "video", "--audio-encoder", "whisper"],
+        *["--vision-encoder-name", str(tmp_path), "--adim", "7"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    for part in (
+        "--audio-encoder whisper contradicts --modality video: leave one out",
+        f"--vision-encoder-name {tmp_path}, but resnet loads no checkpoint",
+        "--adim 7 must be even",
+    ):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--vision-encoder-name", "./gone"], r"--vision-encoder-name ./gone is no folder: give"),
+        (["--vision-encoder-name", "CLIP"], r"clip is a checkpoint of clip, one of vit is expect"),
+        (["--encoder-layer", "9"], r"--encoder-layer 9, but vit has 2 layers: choose -1 to 2"),
+        (["--unfreeze-last-layers", "3"], r"but 2 layers of vit are in use: choose at most 2"),
+        (["--vision-image-size", "90"], r"--vision-image-size 90 is no multiple of the patch"),
+        (["--encoder-layer", "last"], r"last is no hidden layer: -1, a number from 0, or weigh"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, tiny_checkpoints, capsys, options, message):
+    options = [str(tiny_checkpoints / "clip") if word == "CLIP" else word for word in options]
+    error = error_of(capsys, train, arguments("mistake", "vit", None, *options))
+    assert re.search(message, error), error
+    assert not (arguments.exp_dir / "mistake").exists()
+
+
+def test_the_demo_takes_other_encoders(tiny_checkpoints, corpus):
+    words = ["--demo", "--root-dir", str(corpus), "--vision-encoder", "vit"]
+    words += ["--vision-encoder-name", str(tiny_checkpoints / "vit")]
+    args = train_parser().parse_args(words)
+    options = demo_options(args)
+    assert {"modality", "audio_encoder", "modality_dropout"}.isdisjoint(options)
+    args = train_parser().parse_args([*words, "--audio-encoder", "wavlm"])
+    assert "modality_dropout" in demo_options(args)
+    assert demo_options(train_parser().parse_args(["--demo"])) == DEMO_OPTIONS
