@@ -7,7 +7,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from espnet.nets.encoders import EncoderChoice, folder_problem
+from espnet.nets.encoders import folder_problem
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 SHOWN = 3  # missing weights that an error names
@@ -16,7 +16,7 @@ SHOWN = 3  # missing weights that an error names
 def load_pretrained(
     model_class: type[Model],
     name: str,
-    choice: EncoderChoice,
+    model_types: tuple[str, ...],
     *,
     flag: str,
     key_mapping: dict[str, str] | None = None,
@@ -27,7 +27,7 @@ def load_pretrained(
     Args:
         model_class: Class of transformers.
         name: Hub id, or a folder as `save_pretrained` leaves it.
-        choice: What the checkpoint must be.
+        model_types: Architectures, as config.json names them, that it may be of.
         flag: Command-line option that names it, for errors.
         key_mapping: Regular expressions for names of weights, and what takes their place.
         **options: What else the constructor of the class is to be told.
@@ -39,29 +39,30 @@ def load_pretrained(
         ValueError: If there is no such checkpoint, it cannot be fetched, it is of another
             architecture, or it lacks weights.
     """
-    if problem := folder_problem(flag, name, choice.model_types):
+    if problem := folder_problem(flag, name, model_types):
         raise ValueError(problem)
-    remedy = f"give {flag} the folder or hub id of a {choice.model_types[0]} checkpoint"
+    remedy = f"give {flag} the folder or hub id of a {model_types[0]} checkpoint"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # It lists the weights of the parts left out.
     try:
         found = AutoConfig.from_pretrained(name).model_type
-        if found not in choice.model_types:
-            raise ValueError(
-                f"{flag} {name} is a checkpoint of {found}, one of "
-                f"{' or '.join(choice.model_types)} is expected: {remedy}"
+        if found in model_types:
+            model, report = model_class.from_pretrained(
+                name,
+                dtype=torch.float32,
+                key_mapping=key_mapping,
+                output_loading_info=True,
+                **options,
             )
-        model, report = model_class.from_pretrained(
-            name,
-            dtype=torch.float32,
-            key_mapping=key_mapping,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{flag} {name} {_cause(error)}: {remedy}") from None
+    except Exception as error:  # Readers of damaged files raise what they like.
+        raise ValueError(f"{flag} {name} {loading_problem(error)}: {remedy}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if found not in model_types:
+        raise ValueError(
+            f"{flag} {name} is a checkpoint of {found}, one of {' or '.join(model_types)} is "
+            f"expected: {remedy}"
+        )
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"{flag} {name} lacks {len(missing)} weights of {model_class.__name__}, such as "
@@ -81,7 +82,7 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
 
 
-def _cause(error: Exception) -> str:
+def loading_problem(error: Exception) -> str:
     """Why transformers could not load a checkpoint, as the rest of a sentence that names it."""
     causes = []
     cause: BaseException | None = error
@@ -89,10 +90,12 @@ def _cause(error: Exception) -> str:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, GatedRepoError) for cause in causes):
-        return "on the Hugging Face hub asks for a login (huggingface-cli login) and a licence"
+        return "on the Hugging Face hub asks for a licence and a login (hf auth login)"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return "is neither a folder here nor a checkpoint on the Hugging Face hub"
-    text = str(error).strip().splitlines()[0]
+    if "ignore_mismatched_sizes" in str(error):
+        return "has weights that do not fit its config.json"
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "connect" in text or "offline" in text:
         return (
             "is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached"

@@ -43,7 +43,10 @@ class CLIPEncoder(ImageEncoder):
     ) -> None:
         super().__init__(
             load_pretrained(
-                CLIPVisionModel, name, VISION_ENCODERS["clip"], flag="--vision-encoder-name"
+                CLIPVisionModel,
+                name,
+                VISION_ENCODERS["clip"].model_types,
+                flag="--vision-encoder-name",
             ),
             freeze=freeze,
             unfreeze_last_layers=unfreeze_last_layers,

@@ -144,11 +144,13 @@ def image_statistics(name: str, default: tuple[list[float], list[float]]) -> dic
     Returns:
         `mean` and `std`, (3,) each.
     """
-    mean, std = default
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(name)
         mean, std = config["image_mean"], config["image_std"]
-    except (OSError, KeyError):
+        if not len(mean) == len(std) == 3:
+            raise KeyError
+    except (OSError, KeyError, TypeError):
+        mean, std = default
         logger.warning(
             "%s does not say by what its images are normalised (preprocessor_config.json): taken "
             "are mean %s and std %s",

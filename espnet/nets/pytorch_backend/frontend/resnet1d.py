@@ -36,7 +36,8 @@ def filter_bank(filters: int) -> Tensor:
         Impulse responses of unit norm, (filters, 80).
     """
     low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (LOWEST_HZ, HIGHEST_HZ))
-    centres = 700 * (10 ** (torch.linspace(low, high, filters) / 2595) - 1)
+    mel = low + torch.arange(filters) * ((high - low) / max(1, filters - 1))
+    centres = 700 * (10 ** (mel / 2595) - 1)
     seconds = (torch.arange(KERNEL) - (KERNEL - 1) / 2) / SAMPLE_RATE
     # The phases differ, so that neighbours with overlapping bands are not alike.
     phases = torch.arange(filters) * (math.pi / 2)

@@ -44,7 +44,7 @@ class ViTEncoder(ImageEncoder):
             load_pretrained(
                 ViTModel,
                 name,
-                VISION_ENCODERS["vit"],
+                VISION_ENCODERS["vit"].model_types,
                 flag="--vision-encoder-name",
                 add_pooling_layer=False,
             ),

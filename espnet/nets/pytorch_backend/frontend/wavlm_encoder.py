@@ -45,7 +45,7 @@ class WavLMEncoder(WaveEncoder):
         gradient_checkpointing: bool = True,
     ) -> None:
         backbone = load_pretrained(
-            WavLMModel, name, AUDIO_ENCODERS["wavlm"], flag="--audio-encoder-name"
+            WavLMModel, name, AUDIO_ENCODERS["wavlm"].model_types, flag="--audio-encoder-name"
         )
         # The vector of masked frames, which are not used, would wait for a gradient in vain.
         backbone.masked_spec_embed = None
@@ -131,7 +131,8 @@ class WavLMEncoder(WaveEncoder):
         state = state + encoder.pos_conv_embed(state)
         if not self.backbone.config.do_stable_layer_norm:
             state = encoder.layer_norm(state)
-        state = encoder.dropout(state)
+        if self.backbone.feature_projection.training:  # else what comes before is frozen
+            state = encoder.dropout(state)
         yield state
         bias = None  # of relative positions: the first layer's serves all
         for index, layer in enumerate(self.layers):

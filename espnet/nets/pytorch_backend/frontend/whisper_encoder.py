@@ -52,11 +52,12 @@ class WhisperEncoder(WaveEncoder):
         backbone = load_pretrained(
             WhisperBackbone,
             name,
-            AUDIO_ENCODERS["whisper"],
+            AUDIO_ENCODERS["whisper"].model_types,
             flag="--audio-encoder-name",
             # Published checkpoints begin with `model.encoder.`, those of WhisperModel with less.
             key_mapping={r"^(model\.)?encoder\.": ""},
         )
+        backbone.embed_positions.requires_grad_(False)  # Sinusoids; loading forgets it.
         super().__init__(
             backbone,
             freeze=freeze,
@@ -125,11 +126,10 @@ class WhisperEncoder(WaveEncoder):
         backbone = self.backbone
         mel_mask = None if mask is None else mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
         x = zero_padding(mel, mel_mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
-        x = F.gelu(backbone.conv1(x)).transpose(1, 2)
-        x = zero_padding(x, mel_mask).transpose(1, 2)
-        x = F.gelu(backbone.conv2(x)).transpose(1, 2)  # (B, D, T) -> (B, T, D)
+        # The second convolution, with stride 2, never sees beyond 2·T.
+        x = F.gelu(backbone.conv2(F.gelu(backbone.conv1(x)))).transpose(1, 2)  # -> (B, T, D)
         state = x + backbone.embed_positions.weight[: x.size(1)]
-        state = F.dropout(state, backbone.dropout, backbone.training)
+        state = F.dropout(state, backbone.dropout, backbone.conv1.training)
         attended = None if mask is None else mask[:, None, None]  # (B, T) -> (B, 1, 1, T)
         for index, layer in enumerate(self.layers, start=1):
             yield state

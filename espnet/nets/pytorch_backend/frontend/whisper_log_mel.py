@@ -46,7 +46,7 @@ class WhisperLogMel(nn.Module):
             # A waveform's end may be in windows that are centred beyond it: none must be missed
             # when the loudest energy is sought.
             windows = max(frames, -(-waves.size(1) // HOP) + FFT_SIZE // HOP)
-            waves = F.pad(waves, (0, windows * HOP + FFT_SIZE // 2 - waves.size(1)))
+            waves = F.pad(waves, (0, windows * HOP - waves.size(1)))
             spectrum = torch.stft(
                 waves,
                 FFT_SIZE,

@@ -154,7 +154,7 @@ def test_a_new_model_is_in_training_mode_but_for_what_is_frozen(make):
     model = make("clip", "whisper", freeze_audio_encoder=False)
     assert model.training
     assert not any(module.training for module in model.video_frontend.backbone.modules())
-    assert all(module.training for module in model.audio_frontend.modules())
+    assert all(layer.training for layer in model.audio_frontend.layers)
 
 
 def test_last_layers_are_unfrozen_in_frozen_encoders_only(make):
