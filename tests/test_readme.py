@@ -9,6 +9,8 @@ import pytest
 import eval as evaluation
 import train
 from datamodule import demo_corpus, train_tokenizer
+from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS, pretrained_of
+from espnet.utils import tiny_checkpoints as tiny_checkpoints_module
 from espnet.utils.options import eval_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
@@ -29,9 +31,9 @@ def command(start):
 
 
 def test_every_command_is_known():
-    starts = ("pip install", "python train.py", "python eval.py", "python -m datamodule.", "pytest")
+    starts = ("pip install", "python train.py", "python eval.py", "python -m", "pytest")
     assert all(text.startswith(starts) for text in COMMANDS)
-    assert len(COMMANDS) >= 8
+    assert len(COMMANDS) >= 20
 
 
 def test_requirements_exist():
@@ -104,6 +106,42 @@ def test_tokenizer_command(corpus, tmp_path):
     assert (tmp_path / "text/spm/unigram_units.txt").is_file()
 
 
+TINY = [shlex.split(text)[2:] for text in COMMANDS if "tiny/" in text]
+
+
+def test_commands_with_tiny_checkpoints_cover_every_pretrained_encoder():
+    given = [set(words) for words in TINY]
+    for vision in pretrained_of(VISION_ENCODERS):
+        for audio in pretrained_of(AUDIO_ENCODERS):
+            assert any({f"tiny/{vision}", f"tiny/{audio}"} <= words for words in given)
+
+
+@pytest.mark.parametrize("words", TINY, ids=lambda words: words[words.index("--exp-name") + 1])
+def test_commands_with_tiny_checkpoints(in_folder, tiny_checkpoints, corpus, monkeypatch, words):
+    """As README has them, on the small corpus and for one batch."""
+    monkeypatch.setattr(demo_corpus, "make_demo_corpus", lambda root_dir: None)  # noqa: ARG005
+    (in_folder / "demo_corpus").symlink_to(corpus)
+    (in_folder / "tiny").symlink_to(tiny_checkpoints)
+    train.main([*words, "--fast-dev-run", "--num-workers", "0"])
+
+
+@pytest.mark.parametrize(
+    "start", ["python train.py --exp-name clip", "python train.py --exp-name l"]
+)
+@pytest.mark.usefixtures("in_folder")
+def test_commands_with_published_checkpoints_parse(start):
+    args, _ = train.parse_args(command(start)[2:])
+    assert args.modality == "audiovisual"
+    assert {args.vision_encoder, args.audio_encoder} == {"clip", "whisper"}
+
+
+def test_tiny_checkpoints_command(in_folder, capsys):
+    words = command("python -m espnet.utils.tiny_checkpoints")
+    tiny_checkpoints_module.main(words[3:])
+    assert "tiny/whisper" in capsys.readouterr().out
+    assert (in_folder / "tiny/whisper/config.json").is_file()
+
+
 @pytest.mark.slow
 def test_demo(in_folder, monkeypatch, capsys):
     """The whole demo, on few sentences and for one epoch."""
@@ -113,7 +151,8 @@ def test_demo(in_folder, monkeypatch, capsys):
         return whole(root_dir, num_train=8, num_val=4, num_test=4)
 
     monkeypatch.setattr(demo_corpus, "make_demo_corpus", few)
-    arguments = command("python train.py --demo")[2:] + ["--max-epochs", "1"]
+    assert "python train.py --demo" in COMMANDS
+    arguments = ["--demo", "--max-epochs", "1"]
     train.main(arguments)
     out = capsys.readouterr().out
     header = re.search(r"^\| WER \[%\] \|.*$", README, flags=re.MULTILINE).group()
