@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import complete_encoders, eval_parser, one_line
+from espnet.utils.options import complete_model, eval_parser, one_line
 from espnet.utils.run_config import find_vocabulary, parse_eval_args
 
 
@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, str, ArgumentP
     args, model_modality = parse_eval_args(parser, argv)
     if problems := evaluation_problems(args, model_modality):
         parser.error("; ".join(problems))
-    complete_encoders(args, model_modality)
+    complete_model(args, model_modality)
     find_vocabulary(args, parser)
     return args, model_modality, parser
 
@@ -58,6 +58,7 @@ def run(args: Namespace, model_modality: str) -> None:
         {args.modality: data},
         conditions_of(args.modality, args.decode_snr_target),
         Path(args.output_dir or default_output_dir(args)),
+        args.normalize,
     )
     print(format_summaries(summaries))
 

@@ -31,6 +31,7 @@ def build_beam_search(
     beam_size: int,
     ctc_weight: float,
     length_bonus: float,
+    max_tokens: int | None = None,
 ) -> BatchBeamSearch:
     """Joint CTC/attention search over a model's vocabulary.
 
@@ -40,23 +41,37 @@ def build_beam_search(
         beam_size: Hypotheses that are kept.
         ctc_weight: Weight of the CTC prefix score; the decoder has the rest.
         length_bonus: Score of every token.
+        max_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
 
     Returns:
         The search.
+
+    Raises:
+        ValueError: If CTC is to have a share, and the model has no CTC layer.
     """
+    if ctc_weight and model.ctc is None:
+        raise ValueError(
+            f"CTC weight {ctc_weight} in the search, but the model has no CTC layer: set it to 0"
+        )
+
+    def limit(frames: int) -> int:
+        of_decoder = model.decoder.max_tokens(frames)
+        return of_decoder if max_tokens is None else min(of_decoder, max_tokens)
+
     return BatchBeamSearch(
         beam_size=beam_size,
         vocab_size=len(token_list),
         weights={"decoder": 1.0 - ctc_weight, "ctc": ctc_weight, "length_bonus": length_bonus},
         scorers={
             "decoder": model.decoder,
-            "ctc": CTCPrefixScorer(model.ctc, model.eos),
+            "ctc": None if model.ctc is None else CTCPrefixScorer(model.ctc, model.eos),
             "length_bonus": LengthBonus(len(token_list)),
         },
         sos=model.sos,
         eos=model.eos,
         token_list=token_list,
         pre_beam_score_key=None if ctc_weight == 1.0 else "decoder",
+        max_tokens=limit,
     )
 
 
@@ -74,6 +89,7 @@ class ModelModule(pl.LightningModule):
         beam_size: Hypotheses that the search keeps.
         ctc_decode_weight: CTC's share of the search's score.
         length_bonus: Score of every token in the search.
+        max_dec_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
     """
 
     def __init__(
@@ -88,6 +104,7 @@ class ModelModule(pl.LightningModule):
         beam_size: int = 40,
         ctc_decode_weight: float = 0.1,
         length_bonus: float = 0.0,
+        max_dec_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -102,6 +119,7 @@ class ModelModule(pl.LightningModule):
             beam_size=beam_size,
             ctc_weight=ctc_decode_weight,
             length_bonus=length_bonus,
+            max_tokens=max_dec_tokens,
         )
         self.decoded: dict[int, list[Decoded]] = {}
         self._validation_sums: Tensor | None = None
@@ -152,8 +170,9 @@ class ModelModule(pl.LightningModule):
         loss, loss_ctc, loss_att, accuracy = self.model.losses(
             memory, memory_lengths, batch["targets"]
         )
-        too_short = memory_lengths < ctc_frames_needed(batch["targets"])
-        self._count("short_utterances", too_short.sum())
+        if self.model.ctc is not None:
+            too_short = memory_lengths < ctc_frames_needed(batch["targets"])
+            self._count("short_utterances", too_short.sum())
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
         if loss.isfinite():
             values = {"loss": loss, "loss_ctc": loss_ctc, "loss_att": loss_att}
@@ -209,16 +228,21 @@ class ModelModule(pl.LightningModule):
         if not values[0].isfinite():
             logger.warning("the loss of a validation batch is not finite: it is left out")
             return
-        texts = [self.text_transform.post_process(row) for row in targets]
-        found = [
-            self.text_transform.post_process(tokens)
-            for tokens in self.model.ctc.greedy(memory, memory_lengths)
-        ]
-        words = jiwer.process_words(texts, found)
-        errors = words.substitutions + words.deletions + words.insertions
-        spoken = words.substitutions + words.deletions + words.hits
+        errors, spoken = self._greedy_errors(memory, memory_lengths, targets)
         sums = [*(value * len(targets) for value in values), len(targets), errors, spoken]
         self._validation_sums += torch.tensor(sums, device=self.device)
+
+    def _greedy_errors(
+        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
+    ) -> tuple[int, int]:
+        """Word errors of greedy CTC, and words; none without a CTC layer."""
+        if self.model.ctc is None:
+            return 0, 0
+        texts = [self.text_transform.post_process(row) for row in targets]
+        found = self.model.ctc.greedy(memory, memory_lengths)
+        words = jiwer.process_words(texts, list(map(self.text_transform.post_process, found)))
+        errors = words.substitutions + words.deletions + words.insertions
+        return errors, words.substitutions + words.deletions + words.hits
 
     def on_validation_epoch_end(self) -> None:
         """Logs means over all utterances of all processes."""
@@ -226,7 +250,8 @@ class ModelModule(pl.LightningModule):
         *means, utterances, errors, words = sums.tolist()
         for name, value in zip(VALIDATION_SUMS, means, strict=True):
             self.log(name, value / max(utterances, 1.0))
-        self.log("wer_val", errors / max(words, 1.0), prog_bar=True)
+        if self.model.ctc is not None:
+            self.log("wer_val", errors / max(words, 1.0), prog_bar=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
         """Decodes a batch into `decoded[dataloader_idx]`."""

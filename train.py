@@ -12,7 +12,7 @@ from espnet.nets.encoders import resolve_encoders
 from espnet.utils.option_checks import training_problems
 from espnet.utils.options import (
     DEFAULT_LIST,
-    complete_encoders,
+    complete_model,
     demo_options,
     one_line,
     train_parser,
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser
     args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)
     if problems := training_problems(args):
         parser.error("; ".join(problems))
-    complete_encoders(args, args.modality)
+    complete_model(args, args.modality)
     if not args.test_file and (Path(args.root_dir) / "labels" / DEFAULT_LIST).is_file():
         args.test_file = DEFAULT_LIST
     find_vocabulary(args, parser)

@@ -36,6 +36,9 @@ class Vocabulary(Protocol):
     def odim(self) -> int:
         """Size of the vocabulary; ids of text lie within 1 and odim - 2."""
 
+    def in_case(self, text: str) -> str:
+        """Put text in the case that the model writes."""
+
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,)."""
 
@@ -130,6 +133,10 @@ class AVDataset(Dataset):
         if self.labels.holds_ids:
             return self._id_vocabulary.post_process(self.labels.token_ids(index))
         return self.labels.text(index)
+
+    def reference(self, index: int) -> str:
+        """Return the reference text in the case that the model writes."""
+        return self.text_transform.in_case(self.text(index))
 
     def target(self, index: int) -> torch.Tensor:
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).

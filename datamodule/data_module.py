@@ -32,6 +32,8 @@ class DataModule(pl.LightningDataModule):
         streams: "video", "audio" or both: what the model takes.
         text_transform: The model's vocabulary.
         id_text_transform: Vocabulary of lists of token ids, if it is not the model's.
+        takes_ids: Whether ids of a list may be the model's own; if not, and there is no
+            `id_text_transform`, a list of ids is refused.
         train_file: Training list under `root_dir/labels/`.
         val_file: Validation list; None: no validation.
         test_file: Test list.
@@ -60,6 +62,7 @@ class DataModule(pl.LightningDataModule):
         streams: Sequence[str],
         text_transform: Vocabulary,
         id_text_transform: Vocabulary | None = None,
+        takes_ids: bool = True,
         train_file: str | None = None,
         val_file: str | None = None,
         test_file: str | None = None,
@@ -82,6 +85,7 @@ class DataModule(pl.LightningDataModule):
         self.streams = tuple(streams)
         self.text_transform = text_transform
         self.id_text_transform = id_text_transform
+        self.takes_ids = takes_ids
         self.train_file = train_file
         self.val_file = val_file
         self.test_file = test_file
@@ -197,6 +201,11 @@ class DataModule(pl.LightningDataModule):
         if not file:
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
+        if labels.holds_ids and not self.takes_ids and self.id_text_transform is None:
+            raise ValueError(
+                f"{file} holds token ids, which are not those of the pretrained decoder: give "
+                "their SentencePiece model (--sp-model-path), or a list with plain text"
+            )
         self._check_lengths(labels, may_skip=training and self.skip_bad_clips)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         dataset = AVDataset(

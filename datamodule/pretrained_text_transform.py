@@ -101,14 +101,16 @@ class PretrainedTextTransform:
         """Id that ends a decoder's output."""
         return self._eos + 1
 
+    def in_case(self, text: str) -> str:
+        """The text in the case that the model writes."""
+        return text.lower() if self._lower else text
+
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,), without special tokens; white space around it is cut off.
 
         Text that looks like a special token is spelled like any other.
         """
-        text = text.strip()
-        if self._lower:
-            text = text.lower()
+        text = self.in_case(text.strip())
         if not text:
             return torch.empty(0, dtype=torch.int64)
         return torch.tensor(_encode(self._tokenizer, self._before + text), dtype=torch.int64) + 1

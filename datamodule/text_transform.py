@@ -25,11 +25,17 @@ class TextTransform:
     Attributes:
         token_list: All tokens, `<blank>` and `<eos>` included; the index is the id.
 
+        prompt: Empty: nothing but `sos` comes before a text.
+        special_tokens: Empty.
+
     Raises:
         ValueError: A file cannot be read.
         ValueError: The SentencePiece model is malformed.
         ValueError: The units file is malformed; the message names the line.
     """
+
+    prompt: tuple[int, ...] = ()
+    special_tokens: tuple[int, ...] = ()
 
     def __init__(self, *, sp_model_path: str, dict_path: str | None = None) -> None:
         self._processor = _load_processor(sp_model_path)
@@ -51,6 +57,10 @@ class TextTransform:
     def eos(self) -> int:
         """Id that ends a decoder's output."""
         return self.odim - 1
+
+    def in_case(self, text: str) -> str:
+        """The text as the model writes it: unchanged."""
+        return text
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,); pieces that are not in the vocabulary become `<unk>`."""

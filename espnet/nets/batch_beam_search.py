@@ -4,6 +4,7 @@ Source: Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speec
 JSTSP 11(8), 2017, with a pre-beam: partial scorers see the best tokens of another scorer only.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +81,8 @@ class BatchBeamSearch:
             of all these, or None for no pre-beam. There is none either if that scorer is left
             out, or if the pre-beam would hold the whole vocabulary.
         pre_beam_ratio: Size of the pre-beam in beam sizes.
+        max_tokens: Most tokens of a hypothesis by the frames of its utterance, whatever the ratio
+            of a call; None for no such limit.
 
     Raises:
         ValueError: If the beam or the pre-beam is empty.
@@ -100,6 +103,7 @@ class BatchBeamSearch:
         token_list: list[str] | None = None,
         pre_beam_score_key: str | None = None,
         pre_beam_ratio: float = 1.5,
+        max_tokens: Callable[[int], int] | None = None,
     ) -> None:
         self.pre_beam_size = int(pre_beam_ratio * beam_size)
         if beam_size < 1 or self.pre_beam_size < 1:
@@ -114,6 +118,7 @@ class BatchBeamSearch:
                 f"token_list has {len(token_list)} tokens and the vocabulary {vocab_size}: pass "
                 "the list that the model was trained with"
             )
+        self.max_tokens = max_tokens
         self.beam_size = beam_size
         self.vocab_size = vocab_size
         self.sos = sos
@@ -177,6 +182,10 @@ class BatchBeamSearch:
         frames = memory_lengths.tolist()
         max_lengths = [_most_tokens(count, maxlenratio) for count in frames]
         min_lengths = [_token_limit(count, minlenratio) for count in frames]
+        if self.max_tokens is not None:
+            limits = [self.max_tokens(count) for count in frames]
+            max_lengths = list(map(min, max_lengths, limits))
+            min_lengths = list(map(min, min_lengths, limits))
         steps = max(max_lengths, default=0)
         if steps == 0:
             return history.nbest()

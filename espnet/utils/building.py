@@ -4,29 +4,53 @@ from argparse import Namespace
 from pathlib import Path
 
 from datamodule.data_module import DataModule
+from datamodule.pretrained_text_transform import (
+    PretrainedTextTransform,
+    llama_text_transform,
+    whisper_text_transform,
+)
 from datamodule.text_transform import TextTransform
+from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import AUDIO_ENCODERS, STREAMS, EncoderChoice
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.utils.options import CLEAN_SNR, model_options
 from lightning import ModelModule
+
+AnyTextTransform = TextTransform | PretrainedTextTransform
 
 
 def build_text_transform(args: Namespace) -> TextTransform:
     """Loads the vocabulary.
 
     Args:
-        args: Options of the data group, the vocabulary's paths filled in.
+        args: Options of the data and decoder groups, the vocabulary's paths filled in.
 
     Returns:
-        The vocabulary.
+        The decoder's vocabulary.
 
     Raises:
-        ValueError: If a file cannot be read.
+        ValueError: If a file cannot be read, or the decoder's tokenizer cannot be loaded.
     """
+    if args.decoder == "llama":
+        has_prefix = args.llama_conditioning == "prefix"
+        prompt = args.llama_prompt if has_prefix else None
+        return llama_text_transform(args.decoder_name, prompt=prompt, text_case=args.text_case)
+    elif args.decoder == "whisper":
+        return whisper_text_transform(
+            args.decoder_name,
+            language=args.whisper_language,
+            task=args.whisper_task,
+            text_case=args.text_case,
+        )
+    return build_sentencepiece(args)
+
+
+def build_sentencepiece(args: Namespace) -> TextTransform:
+    """Loads the SentencePiece vocabulary, that of the Transformer decoder and of lists of ids."""
     return TextTransform(sp_model_path=args.sp_model_path, dict_path=args.dict_path)
 
 
-def build_model(args: Namespace, modality: str, text_transform: TextTransform) -> E2E:
+def build_model(args: Namespace, modality: str, text_transform: AnyTextTransform) -> E2E:
     """Builds the recogniser with random weights.
 
     Args:
@@ -37,13 +61,21 @@ def build_model(args: Namespace, modality: str, text_transform: TextTransform) -
     Returns:
         The model.
     """
-    return E2E(text_transform.odim, modality, **model_options(args))
+    return E2E(
+        text_transform.odim,
+        modality,
+        sos=text_transform.sos,
+        eos=text_transform.eos,
+        prompt=text_transform.prompt,
+        special_tokens=text_transform.special_tokens,
+        **model_options(args),
+    )
 
 
 def build_data(
     args: Namespace,
     modality: str,
-    text_transform: TextTransform,
+    text_transform: AnyTextTransform,
 ) -> DataModule:
     """Makes the data module; reads nothing yet.
 
@@ -59,11 +91,14 @@ def build_data(
     if train_file and not (Path(args.root_dir) / "labels" / train_file).is_file():
         train_file = None  # The test data are elsewhere: their babble comes from the test list.
     hears = "audio" in STREAMS[modality]
+    of_ids = DECODERS[args.decoder].pretrained and args.sp_model_path
     audio = AUDIO_ENCODERS[args.audio_encoder] if hears else EncoderChoice()
     return DataModule(
         root_dir=args.root_dir,
         streams=STREAMS[modality],
         text_transform=text_transform,
+        id_text_transform=build_sentencepiece(args) if of_ids else None,
+        takes_ids=not DECODERS[args.decoder].pretrained,
         train_file=train_file,
         val_file=args.val_file,
         test_file=args.test_file,
@@ -81,7 +116,7 @@ def build_data(
     )
 
 
-def build_module(args: Namespace, model: E2E, text_transform: TextTransform) -> ModelModule:
+def build_module(args: Namespace, model: E2E, text_transform: AnyTextTransform) -> ModelModule:
     """Wraps the model for training and decoding.
 
     Args:
@@ -102,4 +137,5 @@ def build_module(args: Namespace, model: E2E, text_transform: TextTransform) -> 
         beam_size=args.beam_size,
         ctc_decode_weight=args.ctc_decode_weight,
         length_bonus=args.length_bonus,
+        max_dec_tokens=args.max_dec_tokens,
     )

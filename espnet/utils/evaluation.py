@@ -16,6 +16,7 @@ from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.media import VIDEO_RATE
 from espnet.utils.options import CLEAN_SNR
+from espnet.utils.text_normalization import normalizer
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ def evaluate(
     data: Mapping[str, DataModule],
     conditions: Sequence[Condition],
     output_dir: Path,
+    normalize: str = "none",
 ) -> list[dict]:
     """Decodes the test list under each condition and writes what was found.
 
@@ -171,6 +173,7 @@ def evaluate(
         data: For each modality of the conditions the data module that reads it.
         conditions: What to give the model.
         output_dir: Folder, made if it does not exist.
+        normalize: What text goes through before errors are counted, a name of `NORMALIZERS`.
 
     Returns:
         The summary of each condition; on processes but the first, an empty list.
@@ -183,7 +186,7 @@ def evaluate(
         if trainer.is_global_zero:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataset = data[condition.modality].test_datasets[condition.snr]
-            summaries.append(write_condition(decoded, dataset, condition, output_dir))
+            summaries.append(write_condition(decoded, dataset, condition, output_dir, normalize))
     if trainer.is_global_zero:
         text = json.dumps(summaries, indent=2) + "\n"
         (output_dir / "summary.json").write_text(text, encoding="utf-8")
@@ -200,7 +203,11 @@ def gather(decoded: list[Decoded]) -> list[Decoded]:
 
 
 def write_condition(
-    decoded: list[Decoded], dataset: AVDataset, condition: Condition, output_dir: Path
+    decoded: list[Decoded],
+    dataset: AVDataset,
+    condition: Condition,
+    output_dir: Path,
+    normalize: str = "none",
 ) -> dict:
     """Writes the hypotheses of a condition and sums up its errors.
 
@@ -209,11 +216,12 @@ def write_condition(
         dataset: The test list.
         condition: What the model was given.
         output_dir: Folder.
+        normalize: What text goes through before errors are counted; the file has it as it was.
 
     Returns:
-        Summary: condition, error rates and counts, real-time factor.
+        Summary: condition, normaliser, error rates and counts, real-time factor.
     """
-    references = [dataset.text(result.index) for result in decoded]
+    references = [dataset.reference(result.index) for result in decoded]
     path = output_dir / f"hypotheses_{condition.name}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for result, reference in zip(decoded, references, strict=True):
@@ -224,10 +232,15 @@ def write_condition(
                 "score": result.score,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    words, characters = count_errors(references, [result.hypothesis for result in decoded])
+    clean = normalizer(normalize)
+    words, characters = count_errors(
+        [clean(reference) for reference in references],
+        [clean(result.hypothesis) for result in decoded],
+    )
     duration = sum(int(dataset.labels.num_frames[result.index]) for result in decoded) / VIDEO_RATE
     return {
         **dataclasses.asdict(condition),
+        "normalize": normalize,
         "utterances": len(decoded),
         "wer": words.rate,
         "cer": characters.rate,
@@ -253,6 +266,6 @@ def format_summaries(summaries: list[dict]) -> str:
             )
         lines.append(
             f"{name}: {', '.join(parts)}, real-time factor {summary['real_time_factor']:.3f}, "
-            f"{summary['utterances']} utterances"
+            f"{summary['utterances']} utterances, normaliser {summary['normalize']}"
         )
     return "\n".join(lines)

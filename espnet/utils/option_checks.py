@@ -3,8 +3,9 @@
 from argparse import Namespace
 from pathlib import Path
 
+from espnet.nets.decoders import DECODERS, decoder_problems
 from espnet.nets.encoders import encoder_problems
-from espnet.utils.options import encoder_options
+from espnet.utils.options import decoder_options, encoder_options
 
 
 def training_problems(args: Namespace) -> list[str]:
@@ -96,7 +97,19 @@ def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:
 
 
 def _model_problems(args: Namespace, modality: str | None) -> list[str]:
-    problems = encoder_problems(modality, encoder_options(args)) if modality else []
+    problems = []
+    if modality:
+        problems += encoder_problems(modality, encoder_options(args))
+        problems += decoder_problems(modality, decoder_options(args))
+    choice = DECODERS[args.decoder]
+    ctc_weight = choice.ctc_weight if args.ctc_weight is None else args.ctc_weight
+    if args.ctc_decode_weight and not ctc_weight:
+        problems.append(
+            f"--ctc-decode-weight {args.ctc_decode_weight:g}, but a model of --ctc-weight 0 has no "
+            "CTC layer: leave it out, or train with CTC"
+        )
+    if args.text_case == "lower" and not choice.pretrained:
+        problems.append("--text-case lower needs --decoder llama or whisper")
     if args.adim % args.aheads or args.adim % 2:
         problems.append(f"--adim {args.adim} must be even and a multiple of --aheads {args.aheads}")
     if args.cnn_module_kernel % 2 == 0:

@@ -8,6 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from espnet.nets.decoders import (
+    DECODERS,
+    DTYPES,
+    LLAMA_CONDITIONINGS,
+    WHISPER_TASKS,
+    DecoderOptions,
+)
 from espnet.nets.encoders import (
     AUDIO_ENCODERS,
     FRAME_RATES,
@@ -27,6 +34,7 @@ from espnet.utils.option_types import (
     positive,
     probability,
 )
+from espnet.utils.text_normalization import NORMALIZERS
 
 CLEAN_SNR = 999999.0  # dB; auto_avsr's way to say "no noise"
 DEMO_OPTIONS = {
@@ -62,6 +70,7 @@ DEMO_OPTIONS = {
 }
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
 ENCODER_FIELDS = fields(EncoderOptions)
+DECODER_FIELDS = fields(DecoderOptions)
 MODEL_OPTIONS = (
     "adim",
     "aheads",
@@ -75,6 +84,7 @@ MODEL_OPTIONS = (
     "ctc_weight",
     "modality_dropout",
     *(field.name for field in ENCODER_FIELDS),
+    *(field.name for field in DECODER_FIELDS),
 )
 
 
@@ -203,10 +213,14 @@ def add_model_options(parser: ArgumentParser) -> None:
     )
     group.add_argument("--dropout-rate", type=probability, default=0.1, help="(%(default)s)")
     group.add_argument(
-        "--label-smoothing", type=probability, default=0.1, help="of the decoder's targets (0.1)"
+        "--label-smoothing",
+        type=probability,
+        help="of the decoder's targets (default: 0.1, but 0 for pretrained decoders)",
     )
     group.add_argument(
-        "--ctc-weight", type=probability, default=0.1, help="CTC's share of the loss (%(default)s)"
+        "--ctc-weight",
+        type=probability,
+        help="CTC's share of the loss; 0: no CTC layer (default: 0.1, but 0 for LLaMA)",
     )
     group.add_argument(
         "--modality-dropout",
@@ -317,6 +331,78 @@ def add_encoder_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_decoder_options(parser: ArgumentParser) -> None:
+    """Adds what writes the transcript; what is left out follows from `DecoderOptions`."""
+    group = parser.add_argument_group("decoder")
+    group.add_argument(
+        "--decoder",
+        choices=tuple(DECODERS),
+        default="transformer",
+        help="Transformer over a SentencePiece vocabulary, or a pretrained LLaMA or Whisper with "
+        "its own (%(default)s)",
+    )
+    usual = [f"{n}: {choice.checkpoint}" for n, choice in DECODERS.items() if choice.pretrained]
+    group.add_argument(
+        "--decoder-name",
+        metavar="ID|FOLDER",
+        help="checkpoint of it, with its tokenizer: a Hugging Face hub id, or a folder (default: "
+        f"{', '.join(usual)})",
+    )
+    group.add_argument(
+        "--freeze-decoder",
+        action=BooleanOptionalAction,
+        help="leave the weights of its checkpoint as they are (default: if it has one)",
+    )
+    group.add_argument(
+        "--decoder-dtype",
+        choices=DTYPES,
+        default="auto",
+        help="precision of a frozen checkpoint's weights; auto: bfloat16 on a GPU that has it, "
+        "else float32 (%(default)s)",
+    )
+    group.add_argument(
+        "--llama-conditioning",
+        choices=LLAMA_CONDITIONINGS,
+        default="cross-attention",
+        help="gated cross-attention blocks between LLaMA's layers, or the encoder's output as a "
+        "prefix of the text (%(default)s)",
+    )
+    group.add_argument(
+        "--llama-cross-every",
+        type=count,
+        default=4,
+        metavar="N",
+        help="a cross-attention block before every N-th layer (%(default)s)",
+    )
+    group.add_argument(
+        "--llama-downsample",
+        type=count,
+        default=3,
+        metavar="N",
+        help="frames that are stacked into one embedding of the prefix (%(default)s)",
+    )
+    group.add_argument(
+        "--llama-prompt",
+        default="Transcribe speech to text.",
+        help="instruction between prefix and text (%(default)s)",
+    )
+    group.add_argument("--whisper-language", help="code of the language, as en (default: en)")
+    group.add_argument(
+        "--whisper-task", choices=WHISPER_TASKS, default="transcribe", help="(%(default)s)"
+    )
+    group.add_argument(
+        "--whisper-gated-video",
+        action="store_true",
+        help="video enters each block of Whisper's decoder by a gated cross-attention of its own, "
+        "and the encoder's output is the audio's alone",
+    )
+    group.add_argument(
+        "--text-case",
+        choices=("keep", "lower"),
+        help="case of the text that a pretrained decoder learns (default: lower)",
+    )
+
+
 def add_optimiser_options(parser: ArgumentParser) -> None:
     """Adds how to train."""
     group = parser.add_argument_group("training")
@@ -373,10 +459,18 @@ def add_decoding_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("decoding")
     group.add_argument("--beam-size", type=count, default=40, help="(%(default)s)")
     group.add_argument(
-        "--ctc-decode-weight", type=probability, default=0.1, help="CTC's share (%(default)s)"
+        "--ctc-decode-weight",
+        type=probability,
+        help="CTC's share (default: 0.1, but 0 for a model without CTC)",
     )
     group.add_argument(
         "--length-bonus", type=finite, default=0.0, help="score of every token (%(default)s)"
+    )
+    group.add_argument(
+        "--max-dec-tokens",
+        type=count,
+        metavar="N",
+        help="most tokens of a transcript (default: as many as frames)",
     )
     group.add_argument(
         "--decode-max-frames",
@@ -401,6 +495,7 @@ def train_parser() -> ArgumentParser:
     add_data_options(parser, training=True)
     add_encoder_options(parser)
     add_model_options(parser)
+    add_decoder_options(parser)
     add_optimiser_options(parser)
     add_decoding_options(parser)
     add_hardware_options(parser)
@@ -419,9 +514,17 @@ def eval_parser() -> ArgumentParser:
     group.add_argument(
         "--output-dir", help="folder of hypotheses and summary (default: beside the checkpoint)"
     )
+    group.add_argument(
+        "--normalize",
+        choices=NORMALIZERS,
+        default="none",
+        help="what references and hypotheses go through before errors are counted: Whisper's "
+        "normalisers for all languages (basic) or for English (whisper) (%(default)s)",
+    )
     add_data_options(parser, training=False)
     add_encoder_options(parser)
     add_model_options(parser)
+    add_decoder_options(parser)
     add_decoding_options(parser)
     add_hardware_options(parser)
     return parser
@@ -450,17 +553,34 @@ def encoder_options(args: Namespace) -> EncoderOptions:
     return EncoderOptions(**{field.name: getattr(args, field.name) for field in ENCODER_FIELDS})
 
 
-def complete_encoders(args: Namespace, modality: str) -> None:
-    """Fills in the encoders, their checkpoints and whether they are frozen.
+def decoder_options(args: Namespace) -> DecoderOptions:
+    """The options of the decoder group, for `E2E` and for checks."""
+    return DecoderOptions(**{field.name: getattr(args, field.name) for field in DECODER_FIELDS})
+
+
+def complete_model(args: Namespace, modality: str) -> None:
+    """Fills in the encoders, the checkpoints, what is frozen, and what follows from the decoder.
 
     Args:
         args: Options, free of contradictions.
         modality: Of the model.
     """
-    for name, value in vars(encoder_options(args).resolved(modality)).items():
+    encoders, decoder = encoder_options(args).resolved(modality), decoder_options(args).resolved()
+    for name, value in (vars(encoders) | vars(decoder)).items():
         if name.endswith("_name") and value is not None and Path(value).is_dir():
             value = str(Path(value).resolve())
         setattr(args, name, value)
+    choice = DECODERS[args.decoder]
+    defaults = {
+        "ctc_weight": choice.ctc_weight,
+        "label_smoothing": 0.0 if choice.pretrained else 0.1,
+        "text_case": "lower" if choice.pretrained else "keep",
+    }
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.ctc_decode_weight is None:
+        args.ctc_decode_weight = 0.1 if args.ctc_weight else 0.0
 
 
 def model_options(args: Namespace) -> dict[str, Any]:

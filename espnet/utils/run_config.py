@@ -6,9 +6,11 @@ from typing import Any
 
 import yaml
 
+from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import resolve_encoders
 from espnet.utils.options import (
     add_data_options,
+    add_decoder_options,
     add_decoding_options,
     add_encoder_options,
     add_model_options,
@@ -32,7 +34,8 @@ def parse_eval_args(
         Options, and the modality that the model was trained for, None if nothing tells.
     """
     inherited = ArgumentParser()
-    for add in (add_encoder_options, add_model_options, add_decoding_options):
+    groups = (add_encoder_options, add_model_options, add_decoder_options, add_decoding_options)
+    for add in groups:
         add(inherited)
     add_data_options(inherited, training=True)
     names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
@@ -58,7 +61,10 @@ def parse_eval_args(
 
 
 def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:
-    """Fills in the paths of the SentencePiece model and its units, or ends with an error."""
+    """Fills in the paths of the SentencePiece model and its units, or ends with an error.
+
+    A pretrained decoder has a vocabulary of its own; it needs the model only for lists of ids.
+    """
     candidates = [
         Path(args.root_dir) / "spm" / "unigram.model",
         Path(__file__).parents[2] / "spm" / "unigram" / "unigram5000.model",
@@ -66,13 +72,15 @@ def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:
     if args.sp_model_path:
         candidates = [Path(args.sp_model_path)]
     found = next((path for path in candidates if path.is_file()), None)
+    args.noise_file = [str(Path(name).resolve()) for name in args.noise_file or []] or None
+    if found is None and DECODERS[args.decoder].pretrained and not args.sp_model_path:
+        return
     if found is None:
         parser.error(
             f"no SentencePiece model at {' or '.join(map(str, candidates))}: give --sp-model-path, "
             "or train one with python -m datamodule.train_tokenizer"
         )
     args.sp_model_path = str(found.resolve())
-    args.noise_file = [str(Path(name).resolve()) for name in args.noise_file or []] or None
     if args.dict_path is None:
         units = found.with_name(f"{found.stem}_units.txt")
         args.dict_path = str(units.resolve()) if units.is_file() else None

@@ -1,12 +1,14 @@
 """The recogniser: front-ends, fusion by concatenation, Conformer, CTC and decoder."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary, decoder_problems
 from espnet.nets.encoders import (
     AUDIO_ENCODERS,
     STREAMS,
@@ -17,7 +19,9 @@ from espnet.nets.encoders import (
 )
 from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
+from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
 from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
+from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.frontend.clip_encoder import CLIPEncoder
 from espnet.nets.pytorch_backend.frontend.fbank import FilterBank
@@ -26,8 +30,10 @@ from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
-from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval, token_accuracy
+from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval
+from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 
+Options = TypeVar("Options", EncoderOptions, DecoderOptions)
 MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
 
 
@@ -100,6 +106,72 @@ def _unfrozen(options: EncoderOptions, freeze: bool) -> int:
     return options.unfreeze_last_layers if freeze else 0
 
 
+def build_decoder(
+    options: DecoderOptions,
+    *,
+    memory_dim: int,
+    dropout_rate: float,
+    gradient_checkpointing: bool,
+    vocabulary: Vocabulary,
+    transformer: dict[str, int],
+    video_dim: int = 0,
+) -> nn.Module:
+    """Builds the decoder.
+
+    Args:
+        options: Resolved.
+        memory_dim: Size of the encoder's output.
+        dropout_rate: Dropout of what does not come from a checkpoint.
+        gradient_checkpointing: Whether layers of a checkpoint are computed again for gradients.
+        vocabulary: What it speaks.
+        transformer: Sizes of `TransformerDecoder`.
+        video_dim: Features of the video that follow those of the memory; 0 for none.
+
+    Returns:
+        The decoder; its weights are those of a checkpoint if it is pretrained.
+
+    Raises:
+        ValueError: If the name is unknown, or the checkpoint cannot be loaded.
+    """
+    name = options.decoder
+    pretrained = {
+        "memory_dim": memory_dim,
+        "prompt": vocabulary.prompt,
+        "eos": vocabulary.eos,
+        "freeze": options.freeze_decoder,
+        "gradient_checkpointing": gradient_checkpointing,
+        "dropout_rate": dropout_rate,
+        "dtype": _decoder_dtype(options),
+    }
+    if name == "transformer":
+        return TransformerDecoder(
+            odim=vocabulary.odim, attention_dim=memory_dim, dropout_rate=dropout_rate, **transformer
+        )
+    elif name == "llama":
+        return LLaMADecoder(
+            options.decoder_name,
+            conditioning=options.llama_conditioning,
+            cross_every=options.llama_cross_every,
+            downsample=options.llama_downsample,
+            **pretrained,
+        )
+    elif name == "whisper":
+        return WhisperDecoder(
+            options.decoder_name,
+            suppress=vocabulary.special_tokens,
+            video_dim=video_dim,
+            **pretrained,
+        )
+    raise ValueError(f"decoder {name!r} is unknown: choose {', '.join(DECODERS)}")
+
+
+def _decoder_dtype(options: DecoderOptions) -> torch.dtype:
+    """Precision of a checkpoint's weights: less than float32 only where they are not trained."""
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    automatic = options.decoder_dtype == "auto" and options.freeze_decoder and has_bfloat16
+    return torch.bfloat16 if automatic or options.decoder_dtype == "bfloat16" else torch.float32
+
+
 class E2E(nn.Module):
     """Audio, video or audio-visual recogniser trained with CTC and attention together.
 
@@ -107,9 +179,10 @@ class E2E(nn.Module):
     2023, whose state dicts load as they are.
 
     Args:
-        odim: Vocabulary size V: blank (0), the tokens, and eos (V - 1), which is sos too.
+        odim: Vocabulary size V: blank (0), the tokens, and eos, by default V - 1 and sos too.
         modality: `audio`, `video` or `audiovisual`.
-        ctc_weight: Weight of the CTC loss in [0, 1]; the decoder's loss has the rest.
+        ctc_weight: Weight of the CTC loss in [0, 1]; the decoder's loss has the rest. At 0 there is
+            no CTC layer. None: 0.1, but 0 with a LLaMA decoder.
         ignore_id: Id that pads targets.
         adim: Feature size D of encoder and decoder.
         aheads: Attention heads.
@@ -125,19 +198,23 @@ class E2E(nn.Module):
         modality_dropout: Probabilities with which a training utterance loses its audio, and its
             video; never both. If either is positive, a learned vector stands in for a missing
             stream, and the model also takes inputs that lack one.
-        **encoder_options: Fields of `EncoderOptions`: `vision_encoder`, `audio_encoder` and so on.
+        sos: Id that begins a decoder's input; None: the same as `eos`.
+        eos: Id that ends its output; None: V - 1.
+        prompt: As in `Vocabulary`.
+        special_tokens: As in `Vocabulary`.
+        **options: Fields of `EncoderOptions` and `DecoderOptions`: `vision_encoder`, `decoder`...
 
     Raises:
         ValueError: If the modality is unknown, a weight or probability is out of range, modality
-            dropout is asked of a model with one stream, the encoders do not fit together, or a
-            checkpoint cannot be loaded.
+            dropout is asked of a model with one stream, encoders and decoder do not fit together
+            or the vocabulary, or a checkpoint cannot be loaded.
     """
 
     def __init__(
         self,
         odim: int,
         modality: str,
-        ctc_weight: float = 0.1,
+        ctc_weight: float | None = None,
         ignore_id: int = -1,
         *,
         adim: int = 768,
@@ -150,32 +227,42 @@ class E2E(nn.Module):
         dropout_rate: float = 0.1,
         label_smoothing: float = 0.1,
         modality_dropout: tuple[float, float] = (0.0, 0.0),
-        **encoder_options: Any,
+        sos: int | None = None,
+        eos: int | None = None,
+        prompt: tuple[int, ...] = (),
+        special_tokens: tuple[int, ...] = (),
+        **options: Any,
     ) -> None:
         super().__init__()
-        _check_arguments(modality, ctc_weight, label_smoothing, modality_dropout)
-        options = EncoderOptions(**encoder_options)
-        if problems := encoder_problems(modality, options):
+        encoders, decoders = _part(options, EncoderOptions), _part(options, DecoderOptions)
+        if options:
+            raise TypeError(f"E2E got unknown options {', '.join(sorted(options))}")
+        _check_arguments(modality, ctc_weight or 0.0, label_smoothing, modality_dropout)
+        if problems := encoder_problems(modality, encoders) + decoder_problems(modality, decoders):
             raise ValueError("; ".join(problems))
-        options = options.resolved(modality)
+        encoders, decoders = encoders.resolved(modality), decoders.resolved()
         self.odim = odim
-        self.sos = self.eos = odim - 1
+        self.eos = odim - 1 if eos is None else eos
+        self.sos = self.eos if sos is None else sos
         self.streams = STREAMS[modality]
-        self.ctc_weight = ctc_weight
+        self.fused_streams = ("audio",) if decoders.whisper_gated_video else self.streams
+        self.ctc_weight = (
+            DECODERS[decoders.decoder].ctc_weight if ctc_weight is None else ctc_weight
+        )
         self.ignore_id = ignore_id
         self.label_smoothing = label_smoothing
         self.modality_dropout = modality_dropout
 
-        self.frame_rate = options.frame_rate
+        self.frame_rate = encoders.frame_rate
         if "video" in self.streams:
-            self.video_frontend = build_video_frontend(options)
+            self.video_frontend = build_video_frontend(encoders)
         if "audio" in self.streams:
-            self.audio_frontend = build_audio_frontend(options)
+            self.audio_frontend = build_audio_frontend(encoders)
         widths = {stream: self._width(stream) for stream in self.streams}
         if any(modality_dropout):
             self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
             self.missing_audio = nn.Parameter(torch.zeros(widths["audio"]))
-        self.proj_encoder = nn.Linear(sum(widths.values()), adim)
+        self.proj_encoder = nn.Linear(sum(widths[s] for s in self.fused_streams), adim)
         self.encoder = None
         if elayers:
             self.encoder = ConformerEncoder(
@@ -186,21 +273,46 @@ class E2E(nn.Module):
                 cnn_module_kernel=cnn_module_kernel,
                 dropout_rate=dropout_rate,
             )
-        elif options.audio_encoder in pretrained_of(AUDIO_ENCODERS):
+        elif encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS):
             if (self.audio_frontend.output_dim, self.audio_frontend.frame_rate) == (
                 adim,
                 self.frame_rate,
             ):
                 _pass_on_last(self.proj_encoder)
-        self.decoder = TransformerDecoder(
-            odim=odim,
-            attention_dim=adim,
-            attention_heads=aheads,
-            linear_units=dunits,
-            num_blocks=dlayers,
+        # Gated video reaches the decoder beside the memory, not in it.
+        video_dim = widths["video"] if decoders.whisper_gated_video else 0
+        self.decoder = build_decoder(
+            decoders,
+            memory_dim=adim,
+            video_dim=video_dim,
             dropout_rate=dropout_rate,
+            gradient_checkpointing=encoders.gradient_checkpointing,
+            vocabulary=Vocabulary(
+                odim=odim,
+                sos=self.sos,
+                eos=self.eos,
+                prompt=prompt,
+                special_tokens=special_tokens,
+            ),
+            transformer={
+                "attention_heads": aheads,
+                "linear_units": dunits,
+                "num_blocks": dlayers,
+            },
         )
-        self.ctc = CTC(odim=odim, encoder_dim=adim, dropout_rate=dropout_rate, ignore_id=ignore_id)
+        if DECODERS[decoders.decoder].pretrained and self.decoder.odim != odim:
+            raise ValueError(
+                f"the vocabulary has {odim} ids, but --decoder-name {decoders.decoder_name} needs "
+                f"{self.decoder.odim}: take the tokenizer of this checkpoint"
+            )
+        self.ctc = None
+        if self.ctc_weight:
+            self.ctc = CTC(
+                odim=odim,
+                encoder_dim=adim + video_dim,
+                dropout_rate=dropout_rate,
+                ignore_id=ignore_id,
+            )
         self.register_load_state_dict_pre_hook(_rename_on_load)
         self.train()  # but for what is frozen
 
@@ -219,8 +331,8 @@ class E2E(nn.Module):
             targets: Token ids, (B, U), padded with `ignore_id`.
 
         Returns:
-            The weighted loss, the CTC loss, the decoder's loss (means over the utterances) and
-            the decoder's token accuracy.
+            The weighted loss, the CTC loss (0 without a CTC layer), the decoder's loss (means over
+            the utterances) and the decoder's token accuracy.
         """
         return self.losses(*self.encode(x, lengths), targets)
 
@@ -237,8 +349,10 @@ class E2E(nn.Module):
         Returns:
             As `forward`.
         """
-        loss_ctc = self.ctc(memory, memory_lengths, targets)
         loss_att, accuracy = self._decoder_loss(memory, memory_lengths, targets)
+        if self.ctc is None:
+            return loss_att, torch.zeros_like(loss_att), loss_att, accuracy
+        loss_ctc = self.ctc(memory, memory_lengths, targets)
         loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
         return loss, loss_ctc, loss_att, accuracy
 
@@ -274,14 +388,18 @@ class E2E(nn.Module):
             if stream in x
         }
         length = next(iter(encoded.values())).size(1)
-        features = [
-            _fit_length(encoded[stream], length)
+        features = {
+            stream: _fit_length(encoded[stream], length)
             if stream in encoded
             else getattr(self, f"missing_{stream}").expand(len(frames), length, -1)
             for stream in self.streams
-        ]
-        fused = self.proj_encoder(torch.cat(features, dim=-1))
-        return fused if self.encoder is None else self.encoder(fused, frames), frames
+        }
+        fused = [features[stream] for stream in self.fused_streams]
+        memory = self.proj_encoder(torch.cat(fused, dim=-1))
+        if self.encoder is not None:
+            memory = self.encoder(memory, frames)
+        beside = [features[s] for s in self.streams if s not in self.fused_streams]
+        return torch.cat([memory, *beside], dim=-1) if beside else memory, frames
 
     def train(self, mode: bool = True) -> "E2E":
         """Sets training mode, except for what is frozen.
@@ -363,34 +481,27 @@ class E2E(nn.Module):
     def _decoder_loss(
         self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Label-smoothed cross-entropy, summed over tokens, averaged over utterances; accuracy.
-
-        The loss is the Kullback-Leibler divergence from a target that gives `label_smoothing` to
-        the V - 1 other tokens (Szegedy et al., 2016), which PyTorch's cross-entropy gives for
-        smoothing over all V tokens, once the rate is rescaled and the target's entropy taken off.
-        """
+        """Label-smoothed cross-entropy, summed over tokens, averaged over utterances; accuracy."""
         real = targets != self.ignore_id
         lengths = real.sum(dim=1, keepdim=True)
         sos = targets.new_full((len(targets), 1), self.sos)
         inputs = torch.cat([sos, targets.masked_fill(~real, self.eos)], dim=1)  # (B, U + 1)
         outputs = F.pad(targets, (0, 1), value=self.ignore_id).scatter(1, lengths, self.eos)
-        logits = self.decoder(inputs, memory, memory_lengths)  # (B, U + 1, V)
-
-        others = self.odim - 1
-        cross_entropy = F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            outputs.flatten(),
-            ignore_index=self.ignore_id,
-            label_smoothing=self.label_smoothing * self.odim / others,
-            reduction="sum",
+        first = self.decoder.first_token
+        loss, correct = smoothed_loss(
+            self.decoder.logits,
+            self.decoder.features(inputs, memory, memory_lengths),
+            (outputs - first).masked_fill(outputs == self.ignore_id, self.ignore_id),
+            vocabulary=self.odim - first,
+            smoothing=self.label_smoothing,
+            ignore_id=self.ignore_id,
         )
-        smoothed = torch.tensor([1 - self.label_smoothing, self.label_smoothing])
-        entropy = -torch.special.xlogy(
-            smoothed, smoothed / torch.tensor([1.0, float(others)])
-        ).sum()
-        tokens = real.sum() + len(targets)
-        loss = (cross_entropy - tokens * entropy.item()) / len(targets)
-        return loss, token_accuracy(logits, outputs, self.ignore_id)
+        return loss / len(targets), correct / (outputs != self.ignore_id).sum()
+
+
+def _part(options: dict[str, Any], kind: type[Options]) -> Options:
+    """Takes the fields of a group of options out of all of them."""
+    return kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
 
 
 def _check_arguments(

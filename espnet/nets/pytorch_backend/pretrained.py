@@ -20,9 +20,10 @@ def load_pretrained(
     *,
     flag: str,
     key_mapping: dict[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
     **options: object,
 ) -> Model:
-    """Loads the weights of a checkpoint in float32, and makes sure that none is missing.
+    """Loads the weights of a checkpoint, and makes sure that none is missing.
 
     Args:
         model_class: Class of transformers.
@@ -30,6 +31,7 @@ def load_pretrained(
         model_types: Architectures, as config.json names them, that it may be of.
         flag: Command-line option that names it, for errors.
         key_mapping: Regular expressions for names of weights, and what takes their place.
+        dtype: Precision of the weights.
         **options: What else the constructor of the class is to be told.
 
     Returns:
@@ -49,7 +51,7 @@ def load_pretrained(
         if found in model_types:
             model, report = model_class.from_pretrained(
                 name,
-                dtype=torch.float32,
+                dtype=dtype,
                 key_mapping=key_mapping,
                 output_loading_info=True,
                 **options,

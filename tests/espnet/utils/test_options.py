@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from espnet.utils.options import eval_parser, one_line, train_parser
+from espnet.utils.options import complete_model, eval_parser, one_line, train_parser
 
 ROOT = Path(__file__).parents[3]
 AUTO_AVSR_TRAIN = [
@@ -27,6 +27,7 @@ def test_auto_avsrs_training_command_line():
 
 def test_auto_avsrs_defaults():
     args = train_parser().parse_args([])
+    complete_model(args, "video")
     expected = {
         "exp_dir": "./exp",
         "val_file": "lrs3_test_transcript_lengths_seg16s.csv",
@@ -36,6 +37,9 @@ def test_auto_avsrs_defaults():
         "lr": 1e-3,
         "weight_decay": 0.03,
         "ctc_weight": 0.1,
+        "label_smoothing": 0.1,
+        "vision_encoder": "resnet",
+        "decoder": "transformer",
         "train_num_buckets": 400,
         "adim": 768,
         "aheads": 12,
@@ -47,6 +51,26 @@ def test_auto_avsrs_defaults():
         "ctc_decode_weight": 0.1,
     }
     assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--decoder", "llama"], (0.0, 0.0, 0.0, "lower", True, "meta-llama/Llama-3.2-1B")),
+        (["--decoder", "whisper"], (0.1, 0.1, 0.0, "lower", True, "openai/whisper-small")),
+        (["--decoder", "whisper", "--ctc-weight", "0"], (0.0, 0.0, 0.0, "lower", True, None)),
+        (["--decoder", "llama", "--ctc-weight", "0.2"], (0.2, 0.1, 0.0, "lower", True, None)),
+        (["--decoder", "llama", "--no-freeze-decoder"], (0.0, 0.0, 0.0, "lower", False, None)),
+        (["--label-smoothing", "0"], (0.1, 0.1, 0.0, "keep", False, None)),
+    ],
+)
+def test_defaults_follow_the_decoder(arguments, expected):
+    args = train_parser().parse_args(arguments)
+    complete_model(args, "audio")
+    *values, name = expected
+    found = (args.ctc_weight, args.ctc_decode_weight, args.label_smoothing, args.text_case)
+    assert (*found, args.freeze_decoder) == tuple(values)
+    assert name in (None, args.decoder_name)
 
 
 def test_auto_avsrs_evaluation_command_line():

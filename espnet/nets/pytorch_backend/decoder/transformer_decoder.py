@@ -1,5 +1,6 @@
 """Transformer decoder: teacher-forced for training, cached and batched over beams for search."""
 
+import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,6 +117,8 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         dropout_rate: Dropout on positions and residual branches.
     """
 
+    first_token = 0  # id of the output layer's first column
+
     def __init__(
         self,
         *,
@@ -154,11 +157,23 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         Returns:
             Unnormalised scores of the tokens that follow, (B, U, V).
         """
+        return self.logits(self.features(tokens, memory, memory_lengths))
+
+    def features(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
+        """What `logits` scores the next tokens by, (B, U, D); arguments as for `forward`."""
         memory_mask = _attention_mask(memory_lengths, memory.size(1))
         x = self.embed(tokens)
         for layer in self.decoders:
             x = layer(x, memory, memory_mask)
-        return self.output_layer(self.after_norm(x))
+        return self.after_norm(x)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Unnormalised scores of the vocabulary, (..., D) -> (..., V)."""
+        return self.output_layer(features)
+
+    def max_tokens(self, frames: int) -> int:  # noqa: ARG002
+        """Most tokens of a text after a memory of so many frames: there is no limit."""
+        return sys.maxsize
 
     def init(self, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> DecoderState:
         """Projects the memory once; the cache of tokens is empty. See `ScorerInterface`."""
@@ -182,7 +197,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         for layer, cache, memory in zip(self.decoders, state.cache, state.memory, strict=True):
             x, cache = layer.step(x, cache, memory, state.memory_mask, state.beam_size)
             caches.append(cache)
-        logits = self.output_layer(self.after_norm(x.squeeze(1)))
+        logits = self.logits(self.after_norm(x.squeeze(1)))
         return F.log_softmax(logits.float(), dim=-1), replace(state, cache=torch.stack(caches))
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:

@@ -194,7 +194,8 @@ def test_smoothing_constant_is_the_targets_entropy():
     model = make("audio")
     wanted = torch.full((ODIM,), math.log(0.1 / (ODIM - 1)))
     wanted[5] = math.log(0.9)
-    model.decoder.forward = lambda *_: wanted.expand(1, 2, -1)
+    model.decoder.features = lambda *_: torch.zeros(1, 2, 16)
+    model.decoder.logits = lambda features: wanted.expand(len(features), -1)
     memory, targets = torch.zeros(1, 3, 16), torch.tensor([[5]])
     loss, _ = model._decoder_loss(memory, torch.tensor([3]), targets)
     # The second target is eos: only its entropy term and its cost remain.

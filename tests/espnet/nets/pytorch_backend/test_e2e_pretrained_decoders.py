@@ -1,0 +1,265 @@
+"""The recogniser with pretrained decoders: vocabulary, losses, and Whisper at the start."""
+
+import pytest
+import torch
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
+from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from lightning import build_beam_search
+
+WIDTH = 64  # of the tiny checkpoints
+FRAMES = [7, 5]
+SIZES = {
+    "adim": 16,
+    "aheads": 2,
+    "eunits": 32,
+    "elayers": 1,
+    "dunits": 32,
+    "dlayers": 1,
+    "cnn_module_kernel": 7,
+    "video_width": 2,
+    "audio_width": 2,
+    "dropout_rate": 0.0,
+}
+DECODERS = {
+    "llama": {"decoder": "llama", "llama_cross_every": 2},
+    "llama_prefix": {"decoder": "llama", "llama_conditioning": "prefix"},
+    "whisper": {"decoder": "whisper"},
+}
+WHISPER_ALONE = {"elayers": 0, "frame_rate": 50, "adim": WIDTH, "audio_encoder": "whisper"}
+
+
+@pytest.fixture(scope="module")
+def transforms(tiny_checkpoints):
+    """The vocabulary of each decoder."""
+    llama, whisper = str(tiny_checkpoints / "llama"), str(tiny_checkpoints / "whisper")
+    options = {"text_case": "lower"}
+    return {
+        "llama": llama_text_transform(llama, prompt=None, **options),
+        "llama_prefix": llama_text_transform(llama, prompt="write:", **options),
+        "whisper": whisper_text_transform(whisper, language=None, task="transcribe", **options),
+    }
+
+
+@pytest.fixture
+def make(tiny_checkpoints, transforms):
+    """Makes a model with a pretrained decoder, of random streams or tiny checkpoints."""
+
+    def model(decoder, modality="audiovisual", **options):
+        vocabulary = transforms[decoder]
+        options = {**SIZES, **DECODERS[decoder], **options}
+        for word in ("vision_encoder", "audio_encoder", "decoder"):
+            if options.get(word) in ("vit", "clip", "whisper", "wavlm", "llama"):
+                options[f"{word}_name"] = str(tiny_checkpoints / options[word])
+        torch.manual_seed(0)
+        return E2E(
+            vocabulary.odim,
+            modality,
+            sos=vocabulary.sos,
+            eos=vocabulary.eos,
+            prompt=vocabulary.prompt,
+            special_tokens=vocabulary.special_tokens,
+            **options,
+        )
+
+    return model
+
+
+def batch(transform, texts=("bin blue at f two now", "lay red by g"), seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = {
+        "video": torch.randn(2, max(FRAMES), 1, 24, 24, generator=generator),
+        "audio": torch.randn(2, 640 * max(FRAMES), 1, generator=generator),
+    }
+    lengths = {"video": torch.tensor(FRAMES), "audio": 640 * torch.tensor(FRAMES)}
+    targets = [transform.tokenize(text) for text in texts]
+    return x, lengths, torch.nn.utils.rnn.pad_sequence(targets, True, padding_value=-1)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_step_trains_what_is_not_frozen_and_padding_changes_nothing(
+    make, transforms, decoder, freeze
+):
+    model = make(decoder, freeze_decoder=freeze)
+    x, lengths, targets = batch(transforms[decoder])
+    model.train()
+    loss, loss_ctc, loss_att, accuracy = model(x, lengths, targets)
+    assert loss.isfinite()
+    assert 0 <= accuracy <= 1
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert all(name.startswith("decoder.") for name in frozen)
+    assert bool(frozen) == freeze
+    model.eval()
+    together = torch.stack(model(x, lengths, targets)[:3])
+    alone = []
+    for row, frames in enumerate(FRAMES):
+        one = {"video": x["video"][[row], :frames], "audio": x["audio"][[row], : 640 * frames]}
+        target = targets[[row]][:, targets[row] != -1]
+        losses = model(one, {s: v[[row]] for s, v in lengths.items()}, target)
+        alone.append(torch.stack(losses[:3]))
+    torch.testing.assert_close(together, torch.stack(alone).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_there_is_a_ctc_layer_where_ctc_has_a_share(make, transforms):
+    assert make("whisper").ctc_weight == 0.1
+    model = make("llama")
+    assert model.ctc is None
+    assert not any(name.startswith("ctc.") for name in model.state_dict())
+    loss, loss_ctc, loss_att, _ = model(*batch(transforms["llama"]))
+    assert loss_ctc == 0
+    assert loss == loss_att
+    with pytest.raises(ValueError, match="CTC weight 0.3 in the search, but the model has no CTC"):
+        build_beam_search(
+            model,
+            transforms["llama"].token_list,
+            beam_size=2,
+            ctc_weight=0.3,
+            length_bonus=0.0,
+        )
+    assert make("llama", ctc_weight=0.2).ctc is not None
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_loss_is_that_of_the_checkpoints_own_vocabulary(make, transforms, decoder):
+    model = make(decoder, label_smoothing=0.0, ctc_weight=0.0).eval()
+    x, lengths, targets = batch(transforms[decoder])
+    memory, frames = model.encode(x, lengths)
+    total = 0.0
+    for row, target in enumerate(targets):
+        words = target[target != -1]
+        inputs = torch.cat([torch.tensor([model.sos]), words])[None]
+        logits = model.decoder(inputs, memory[[row], : frames[row]], frames[[row]])[0]
+        wanted = torch.cat([words, torch.tensor([model.eos])]) - 1
+        total += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")
+    torch.testing.assert_close(model(x, lengths, targets)[2], total / 2)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_search_writes_text_and_nothing_else(make, transforms, decoder):
+    model = make(decoder, ctc_weight=0.3).eval()
+    transform = transforms[decoder]
+    x, lengths, _ = batch(transform)
+    search = build_beam_search(
+        model, transform.token_list, beam_size=3, ctc_weight=0.3, length_bonus=0.0, max_tokens=4
+    )
+    for hypotheses in search(*model.encode(x, lengths)):
+        tokens = hypotheses[0].yseq[1:].tolist()
+        assert len([token for token in tokens if token != model.eos]) <= 4
+        assert 0 not in tokens
+        if decoder == "whisper":
+            assert not {token - 1 for token in tokens} & set(transform.special_tokens)
+
+
+def test_a_vocabulary_of_another_size_is_refused(tiny_checkpoints):
+    options = {**SIZES, "decoder": "whisper", "decoder_name": str(tiny_checkpoints / "whisper")}
+    with pytest.raises(ValueError, match="the vocabulary has 300 ids, but --decoder-name .* needs"):
+        E2E(300, "audio", sos=5, eos=2, prompt=(4,), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": "gpt"}, "--decoder gpt is unknown: choose one of transformer, llama, whisper"),
+        ({"decoder_name": "x/y"}, "--decoder-name x/y, but transformer loads no checkpoint"),
+        ({"freeze_decoder": True}, "--freeze-decoder needs --decoder llama or whisper"),
+        ({"decoder": "llama", "decoder_name": "WHISPER"}, "is a checkpoint of whisper, one of lla"),
+        ({"decoder": "whisper", "decoder_name": "LLAMA"}, "is a checkpoint of llama, one of whis"),
+        (
+            {"decoder": "whisper", "whisper_gated_video": True},
+            "--whisper-gated-video needs --decoder whisper and a model of video and audio, got whi",
+        ),
+        ({"decoder": "llama", "llama_conditioning": "both"}, "--llama-conditioning both: choose"),
+        (
+            {"decoder": "llama", "freeze_decoder": False, "decoder_dtype": "bfloat16"},
+            "--decoder-dtype bfloat16 needs a frozen decoder",
+        ),
+    ],
+)
+def test_wrong_combinations(tiny_checkpoints, options, message):
+    name = options.get("decoder_name", "")
+    if name.isupper():
+        options = {**options, "decoder_name": str(tiny_checkpoints / name.lower())}
+    with pytest.raises(ValueError, match=message):
+        E2E(30, "audio", **SIZES, **options)
+
+
+VARIANTS = [
+    ("audio", {}),
+    ("audiovisual", {}),
+    ("audiovisual", {"vision_encoder": "clip"}),
+    ("audiovisual", {"whisper_gated_video": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def whisper(tiny_checkpoints):
+    return WhisperForConditionalGeneration.from_pretrained(tiny_checkpoints / "whisper").eval()
+
+
+@pytest.fixture(scope="module")
+def utterance():
+    """30 s, so that transformers pads nothing; silent at the end, where it would mirror."""
+    generator = torch.Generator().manual_seed(0)
+    audio = 0.1 * torch.randn(480000, generator=generator)
+    audio[-400:] = 0
+    video = torch.randn(1, 750, 1, 16, 16, generator=generator)
+    mel = WhisperFeatureExtractor()(audio.numpy(), sampling_rate=16000, return_tensors="pt")
+    return audio, video, mel.input_features
+
+
+def encode(model, utterance):
+    audio, video, _ = utterance
+    x = {"audio": audio.view(1, -1, 1), "video": video}
+    lengths = {"audio": torch.tensor([480000]), "video": torch.tensor([750])}
+    x = {stream: x[stream] for stream in model.streams}
+    return model.encode(x, {stream: lengths[stream] for stream in model.streams})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("modality", "options"), VARIANTS)
+def test_whisper_at_the_start_teacher_forced(
+    make, whisper, utterance, transforms, modality, options
+):
+    model = make("whisper", modality, **WHISPER_ALONE, **options).eval()
+    transform = transforms["whisper"]
+    text = transform.tokenize("bin blue at f two now")
+    ours = model.decoder(
+        torch.cat([torch.tensor([model.sos]), text])[None], *encode(model, utterance)
+    )
+    ids = torch.cat([torch.tensor(transform.prompt), text - 1])[None]
+    theirs = whisper(input_features=utterance[2], decoder_input_ids=ids).logits
+    # Features differ by the rounding of the log-mel filters.
+    expected = theirs[:, len(transform.prompt) - 1 :]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("modality", "options"), VARIANTS)
+def test_whisper_at_the_start_greedily(make, whisper, utterance, transforms, modality, options):
+    model = make("whisper", modality, **WHISPER_ALONE, **options).eval()
+    transform = transforms["whisper"]
+    search = build_beam_search(
+        model, transform.token_list, beam_size=1, ctc_weight=0.0, length_bonus=0.0, max_tokens=9
+    )
+    ((hypothesis, *_),) = search(*encode(model, utterance))
+    ours = [token - 1 for token in hypothesis.yseq[1:].tolist() if token != model.eos]
+    config = whisper.generation_config
+    theirs = whisper.generate(
+        input_features=utterance[2],
+        decoder_input_ids=torch.tensor([transform.prompt]),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=9,
+        suppress_tokens=sorted({*config.suppress_tokens, *transform.special_tokens}),
+        begin_suppress_tokens=[t for t in config.begin_suppress_tokens if t != model.eos - 1],
+    )[0].tolist()
+    theirs = [token for token in theirs if token != model.eos - 1]
+    prompt = list(transform.prompt)
+    assert ours == (theirs[len(prompt) :] if theirs[: len(prompt)] == prompt else theirs)
+    assert len(ours) > 1
