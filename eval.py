@@ -39,7 +39,13 @@ def run(args: Namespace, model_modality: str) -> None:
     """
     import pytorch_lightning as pl
 
-    from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+    from espnet.utils.building import (
+        build_data,
+        build_model,
+        build_module,
+        build_text_transform,
+        check_positions,
+    )
     from espnet.utils.checkpoint import load_weights, read_state_dict
     from espnet.utils.evaluation import conditions_of, evaluate, format_summaries
     from espnet.utils.trainer import build_trainer, set_up_logging
@@ -49,6 +55,7 @@ def run(args: Namespace, model_modality: str) -> None:
     text_transform = build_text_transform(args)
     data = build_data(args, args.modality, text_transform)
     data.setup("test")
+    check_positions(args, data, text_transform)
     model = build_model(args, model_modality, text_transform)
     path = Path(args.pretrained_model_path)
     load_weights(model, read_state_dict(path), path)

@@ -79,7 +79,13 @@ def run(args: Namespace) -> None:
     import pytorch_lightning as pl
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+    from espnet.utils.building import (
+        build_data,
+        build_model,
+        build_module,
+        build_text_transform,
+        check_positions,
+    )
     from espnet.utils.checkpoint import load_weights, read_state_dict, transfer_weights
     from espnet.utils.trainer import package_versions, parameter_count, set_up_logging
 
@@ -90,6 +96,7 @@ def run(args: Namespace) -> None:
     data.setup("fit")
     if args.test_file:
         data.setup("test")
+    check_positions(args, data, text_transform)
     model = build_model(args, args.modality, text_transform)
     if args.pretrained_model_path:
         transfer_weights(

@@ -137,6 +137,13 @@ class DataModule(pl.LightningDataModule):
                     dataset = self._dataset("test", self.test_file, snr_target)
                     self.test_datasets[snr_target] = dataset
 
+    @property
+    def longest_utterance(self) -> int:
+        """Frames of the longest utterance of the lists that have been read."""
+        datasets = [self.train_dataset, self.val_dataset, *self.test_datasets.values()]
+        longest = [int(dataset.labels.num_frames.max()) for dataset in datasets if dataset]
+        return min(max(longest, default=0), self.longest_clip)
+
     def train_dataloader(self) -> ResumableLoader:
         """Make the loader of training batches, which are re-drawn every epoch."""
         labels = self.train_dataset.labels

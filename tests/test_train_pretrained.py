@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,3 +193,105 @@ def test_the_demo_takes_other_encoders(tiny_checkpoints, corpus):
     args = train_parser().parse_args([*words, "--audio-encoder", "wavlm"])
     assert "modality_dropout" in demo_options(args)
     assert demo_options(train_parser().parse_args(["--demo"])) == DEMO_OPTIONS
+
+
+@pytest.fixture(scope="module")
+def with_decoder(arguments, tiny_checkpoints):
+    """Command line of train.py for a pretrained decoder on the small ResNet of audio."""
+
+    def of(name, decoder, *more):
+        folder = str(tiny_checkpoints / decoder)
+        words = ["--decoder", decoder, "--decoder-name", folder, "--max-epochs", "1", *more]
+        return arguments(name, None, "resnet1d", *words)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whisper_run(with_decoder):
+    """A run with Whisper's decoder over lists of SentencePiece ids."""
+    more = ["--test-file", "test.csv", "--max-dec-tokens", "5"]
+    train.main(with_decoder("whisper_decoder", "whisper", *more))
+    return with_decoder("", "whisper"), Path(with_decoder("x", "whisper")[1]) / "whisper_decoder"
+
+
+@pytest.mark.parametrize("normalize", ["none", "basic", "whisper"])
+def test_a_pretrained_decoder_is_trained_and_scored(whisper_run, corpus, capsys, normalize):
+    _, run_dir = whisper_run
+    evaluation.main(
+        [
+            *["--pretrained-model-path", str(run_dir / "model_avg_10.pth"), "--num-workers", "0"],
+            *["--root-dir", str(corpus), "--test-file", "test.csv", "--normalize", normalize],
+            *["--output-dir", str(run_dir / normalize)],
+        ]
+    )
+    assert f"normaliser {normalize}" in capsys.readouterr().out
+    (summary,) = json.loads((run_dir / normalize / "summary.json").read_text())
+    assert summary["normalize"] == normalize
+    own, again = run_dir / "test", run_dir / normalize
+    (lines,) = [(path / "hypotheses_audio_clean.jsonl").read_text() for path in (own,)]
+    assert (again / "hypotheses_audio_clean.jsonl").read_text() == lines
+    for line in map(json.loads, lines.splitlines()):
+        assert line["reference"] == line["reference"].lower() != ""
+        assert len(line["hypothesis"].split()) <= 5
+
+
+def test_a_model_without_ctc_is_trained_and_takes_no_ctc_in_search(with_decoder, corpus, capsys):
+    train.main(with_decoder("llama_decoder", "llama"))
+    run_dir = Path(with_decoder("x", "llama")[1]) / "llama_decoder"
+    header, *_ = (run_dir / "metrics.csv").read_text().splitlines()
+    assert "loss_val" in header
+    words = ["--pretrained-model-path", run_dir / "model_avg_10.pth", "--root-dir", corpus]
+    words += ["--test-file", "test.csv", "--ctc-decode-weight", "0.3"]
+    error = error_of(capsys, evaluation, words)
+    assert "--ctc-decode-weight 0.3, but a model of --ctc-weight 0 has no CTC layer" in error
+
+
+def test_ids_without_their_vocabulary_are_refused(with_decoder, corpus, tmp_path, capsys):
+    root = tmp_path / "elsewhere"
+    (root / "labels").mkdir(parents=True)
+    for name in ("train.csv", "val.csv"):
+        (root / "labels" / name).write_text((corpus / "labels" / name).read_text())
+    error = error_of(capsys, train, with_decoder("ids", "llama", "--root-dir", str(root)))
+    assert "holds token ids, which are not those of the pretrained decoder: give their" in error
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "message"),
+    [
+        ("llama", ["--decoder-name", "WHISPER"], r"is a checkpoint of whisper, one of llama"),
+        ("whisper", ["--decoder-name", "LLAMA"], r"is a checkpoint of llama, one of whisper"),
+        ("whisper", ["--decoder-name", "NO_TOKENIZER"], r"has no tokenizer, looked for tokenizer"),
+        (
+            "whisper",
+            ["--whisper-language", "xx"],
+            r"knows no language 'xx', expected one of de, en",
+        ),
+        ("whisper", ["--whisper-gated-video"], r"needs --decoder whisper and a model of video and"),
+        (
+            "llama",
+            ["--ctc-decode-weight", "0.1"],
+            r"but a model of --ctc-weight 0 has no CTC layer",
+        ),
+        (
+            "llama",
+            ["--llama-conditioning", "prefix", "--decoder-name", "SHORT"],
+            r"gives \d+ embeddings beside \d+ of the prompt, but .*SHORT has 8 positions: raise",
+        ),
+    ],
+)
+def test_mistakes_about_decoders_are_one_line(
+    with_decoder, tiny_checkpoints, tmp_path, capsys, decoder, options, message
+):
+    shutil.copytree(tiny_checkpoints / "whisper", tmp_path / "NO_TOKENIZER")
+    for path in (tmp_path / "NO_TOKENIZER").glob("*token*"):
+        path.unlink()
+    shutil.copytree(tiny_checkpoints / "llama", tmp_path / "SHORT")
+    config = tmp_path / "SHORT/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 8}))
+    names = {name.name.upper(): str(name) for name in tiny_checkpoints.iterdir()}
+    names |= {name: str(tmp_path / name) for name in ("NO_TOKENIZER", "SHORT")}
+    options = [names.get(word, word) for word in options]
+    error = error_of(capsys, train, with_decoder("mistake", decoder, *options))
+    assert re.search(message, error), error
+    assert not (Path(with_decoder("x", "llama")[1]) / "mistake").exists()

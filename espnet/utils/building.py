@@ -3,7 +3,10 @@
 from argparse import Namespace
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from datamodule.data_module import DataModule
+from datamodule.media import VIDEO_RATE
 from datamodule.pretrained_text_transform import (
     PretrainedTextTransform,
     llama_text_transform,
@@ -114,6 +117,30 @@ def build_data(
         snr_targets=args.decode_snr_target if hears else (CLEAN_SNR,),
         skip_bad_clips=args.skip_bad_clips,
     )
+
+
+def check_positions(args: Namespace, data: DataModule, text_transform: AnyTextTransform) -> None:
+    """Makes sure, before the weights are loaded, that a prefix of memory fits into LLaMA.
+
+    Args:
+        args: Options of the encoders and decoder groups.
+        data: Its lists have been read.
+        text_transform: The decoder's vocabulary.
+
+    Raises:
+        ValueError: If the longest utterance and the prompt leave no position for a text.
+    """
+    if args.decoder != "llama" or args.llama_conditioning != "prefix":
+        return
+    positions = AutoConfig.from_pretrained(args.decoder_name).max_position_embeddings
+    frames = data.longest_utterance * args.frame_rate // VIDEO_RATE
+    memory, prompt = -(-frames // args.llama_downsample), len(text_transform.prompt)
+    if memory + prompt >= positions:
+        raise ValueError(
+            f"an utterance of {data.longest_utterance} frames gives {memory} embeddings beside "
+            f"{prompt} of the prompt, but --decoder-name {args.decoder_name} has {positions} "
+            "positions: raise --llama-downsample, shorten --llama-prompt, or leave it out"
+        )
 
 
 def build_module(args: Namespace, model: E2E, text_transform: AnyTextTransform) -> ModelModule:
