@@ -349,10 +349,10 @@ class E2E(nn.Module):
         Returns:
             As `forward`.
         """
+        loss_ctc = memory.new_zeros(())
+        if self.ctc is not None:
+            loss_ctc = self.ctc(memory, memory_lengths, targets)
         loss_att, accuracy = self._decoder_loss(memory, memory_lengths, targets)
-        if self.ctc is None:
-            return loss_att, torch.zeros_like(loss_att), loss_att, accuracy
-        loss_ctc = self.ctc(memory, memory_lengths, targets)
         loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
         return loss, loss_ctc, loss_att, accuracy
 
