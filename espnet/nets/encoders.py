@@ -69,8 +69,8 @@ class EncoderOptions:
         unfreeze_last_layers: Layers at the end of frozen pretrained encoders that are trained.
         encoder_layer: Hidden layer of pretrained encoders that gives the features; -1: the last
             with the final norm, `weighted`: a learned mean over all.
-        gradient_checkpointing: Whether pretrained encoders that are trained compute their
-            activations again in the backward pass, to save memory.
+        gradient_checkpointing: Whether pretrained parts through which gradients flow, the decoder
+            too, compute their activations again in the backward pass, to save memory.
         frame_rate: Frames a second at which the streams are fused, 25 or 50.
         video_width: An eighth of the size of `resnet`'s features.
         audio_width: An eighth of the size of `resnet1d`'s and `fbank`'s features.

@@ -287,8 +287,8 @@ def add_encoder_options(parser: ArgumentParser) -> None:
         "--gradient-checkpointing",
         action=BooleanOptionalAction,
         default=True,
-        help="pretrained encoders that are trained compute their activations again in the backward "
-        "pass, which saves memory (%(default)s)",
+        help="pretrained parts through which gradients flow compute their activations again in the "
+        "backward pass, which saves memory (%(default)s)",
     )
     group.add_argument(
         "--frame-rate",
