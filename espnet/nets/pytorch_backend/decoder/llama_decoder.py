@@ -69,7 +69,6 @@ class LLaMADecoder(nn.Module, ScorerInterface):
         gradient_checkpointing: Whether layers are computed again for their gradients.
         dropout_rate: Dropout in the blocks of cross-attention.
         dtype: Precision of the checkpoint's weights.
-        dtype: Precision of the checkpoint's weights.
 
     Attributes:
         odim: Vocabulary size V, that of the checkpoint's output layer and the blank.

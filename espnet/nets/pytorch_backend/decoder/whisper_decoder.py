@@ -210,7 +210,9 @@ class WhisperDecoder(nn.Module, ScorerInterface):
         if position >= self.positions:  # None is left that could go on: they are over.
             scores = torch.zeros(len(tokens), self.odim, device=tokens.device)
             return scores.masked_fill(self.all_but_eos, -torch.inf), state
-        features = self._advance(tokens.unsqueeze(1) - self.first_token, state)
+        # Hypotheses that are over may hold blanks, which have no embedding.
+        ids = (tokens.unsqueeze(1) - self.first_token).clamp(min=0)
+        features = self._advance(ids, state)
         logits = F.pad(self.logits(features).squeeze(1).float(), (self.first_token, 0))
         first = position == len(self.prompt) - 1
         suppressed = self.suppressed_at_first if first else self.suppressed

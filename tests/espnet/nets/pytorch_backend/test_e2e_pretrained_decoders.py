@@ -5,6 +5,7 @@ import torch
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
+from espnet.nets import batch_beam_search
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from lightning import build_beam_search
 
@@ -154,6 +155,27 @@ def test_the_search_writes_text_and_nothing_else(make, transforms, decoder):
         assert 0 not in tokens
         if decoder == "whisper":
             assert not {token - 1 for token in tokens} & set(transform.special_tokens)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_finished_utterances_may_be_searched_on_for_some_steps(
+    make, transforms, decoder, monkeypatch
+):
+    """As on a GPU, where the search looks every few steps only; it finds the same."""
+    model = make(decoder, ctc_weight=0.0).eval()
+    transform = transforms[decoder]
+    x, lengths, _ = batch(transform)
+    memory, frames = model.encode(x, lengths)
+    found = []
+    for interval in (1, 5):
+        monkeypatch.setitem(batch_beam_search.STOP_TEST_INTERVAL, "cpu", interval)
+        search = build_beam_search(
+            model, transform.token_list, beam_size=3, ctc_weight=0.0, length_bonus=0.0
+        )
+        found.append([hypotheses[0] for hypotheses in search(memory, frames)])
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one.yseq, two.yseq)
+        assert one.score == pytest.approx(two.score)
 
 
 def test_a_vocabulary_of_another_size_is_refused(tiny_checkpoints):
