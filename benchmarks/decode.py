@@ -1,0 +1,476 @@
+"""Compares a step of the beam search with a step of transformers' `generate`.
+
+`python benchmarks/decode.py --decoder llama|whisper`, in the repository's root, prints a table of
+ratios, each measured in one process; two minutes on two CPU cores. If these have other work too,
+set OMP_NUM_THREADS=1: waiting for a second thread would drown what is measured.
+
+The checkpoint has random weights in the shape of openai/whisper-small, or of
+meta-llama/Llama-3.2-1B; on a CPU, the latter has 4 of its 16 layers unless `--llama-layers` says
+otherwise. Both searches are for one utterance, with the same beam and as many steps: this
+project's may not end before, and `generate` knows no end symbol. The project's search is that of
+training and evaluation with CTC weight 0, where the decoder is the only scorer. A step is what a
+longer search takes more than one of a single step, divided by the steps that it is longer. It
+leaves out what precedes the text, for which the notes give a time.
+
+What `generate` is given:
+- Whisper: the memory in place of the encoder's output, and the prompt.
+- LLaMA with `--llama-conditioning prefix`: the embeddings of BOS, memory and prompt.
+- LLaMA with `cross-attention`: BOS alone. A first row is for the language model as it is: the
+  gated blocks, which are this project's own, count against the search. They have a twelfth as
+  many weights as the model with 4 layers (one block), and a seventh with 16 (four blocks), which
+  bounds that ratio from below where reading the weights takes most of the time. A second row is
+  for `generate` with these blocks before the layers.
+"""
+
+import sys
+import tempfile
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.encoders import Row
+from benchmarks.timing import time_in_turns
+from espnet.nets.batch_beam_search import BatchBeamSearch
+from espnet.nets.decoders import LLAMA_CONDITIONINGS
+from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
+from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
+from espnet.utils.tiny_checkpoints import LLAMA3_ROPE
+
+TARGET = 1.1
+FRAMES = 200  # 8 s
+SPREAD = 0.06  # standard deviation of random weights: texts then do not repeat one token
+OPEN = 0.5  # value of the gates where `generate` has the gated blocks too
+
+Decoder = LLaMADecoder | WhisperDecoder
+Search = Callable[[int, int], Tensor]
+"""From beam size and number of steps to the tokenizer's ids of the best hypothesis, (U,)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much is computed.
+
+    Attributes:
+        steps: Steps that a search takes after its first one.
+        llama_layers: Layers of LLaMA.
+        repeats: Rounds of timing.
+    """
+
+    steps: int
+    llama_layers: int
+    repeats: int
+
+
+LLAMA_LAYERS = 16
+WORK = {
+    "cpu": Work(steps=12, llama_layers=4, repeats=6),
+    "cuda": Work(steps=100, llama_layers=LLAMA_LAYERS, repeats=5),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of random weights to be, and the ids of the tokenizer that goes with it.
+
+    Attributes:
+        title: Its name in the table.
+        config: Shape of the model.
+        prompt: Ids that precede a text.
+        eos: Id of the end symbol.
+        memory_dim: Size M of the encoder's output; for Whisper, that of the model.
+    """
+
+    title: str
+    config: PreTrainedConfig
+    prompt: tuple[int, ...]
+    eos: int
+    memory_dim: int = 768
+
+
+def whisper_checkpoint() -> Checkpoint:
+    """Describes a Whisper in the shape of openai/whisper-small, but for its encoder."""
+    end, start = 50257, 50258
+    config = WhisperConfig(
+        d_model=768,
+        encoder_layers=1,
+        encoder_attention_heads=12,
+        encoder_ffn_dim=3072,
+        decoder_layers=12,
+        decoder_attention_heads=12,
+        decoder_ffn_dim=3072,
+        vocab_size=51865,
+        pad_token_id=end,
+        bos_token_id=end,
+        eos_token_id=end,
+        decoder_start_token_id=start,
+        begin_suppress_tokens=None,
+        init_std=SPREAD,
+    )
+    # <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>
+    prompt = (start, 50259, 50359, 50363)
+    return Checkpoint("Whisper small", config, prompt, end)
+
+
+def llama_checkpoint(conditioning: str, layers: int) -> Checkpoint:
+    """Describes a LLaMA in the shape of meta-llama/Llama-3.2-1B.
+
+    Args:
+        conditioning: `cross-attention`, where the prompt is BOS, or `prefix`, where an instruction
+            of some tokens follows it.
+        layers: Number of layers.
+
+    Returns:
+        The checkpoint.
+    """
+    begin, end = 128000, 128001
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_parameters=LLAMA3_ROPE,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=begin,
+        eos_token_id=end,
+        initializer_range=SPREAD,
+    )
+    instruction = tuple(range(1000, 1006)) if conditioning == "prefix" else ()
+    title = f"Llama-3.2-1B with {layers} of {LLAMA_LAYERS} layers, {conditioning}"
+    return Checkpoint(title, config, (begin, *instruction), end)
+
+
+def load(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **options: Any
+) -> tuple[Decoder, PreTrainedModel]:
+    """Makes a checkpoint in a folder and loads it from there.
+
+    Args:
+        checkpoint: The checkpoint.
+        device: Where to compute.
+        dtype: Precision of the checkpoint's weights.
+        **options: Of the decoder's constructor.
+
+    Returns:
+        The decoder, frozen, and the model of transformers, both in eval mode.
+    """
+    if isinstance(checkpoint.config, LlamaConfig):
+        model_class, decoder_class = LlamaForCausalLM, LLaMADecoder
+    else:
+        model_class, decoder_class = WhisperForConditionalGeneration, WhisperDecoder
+    with tempfile.TemporaryDirectory() as folder:
+        model_class(checkpoint.config).save_pretrained(folder)
+        decoder = decoder_class(
+            folder,
+            memory_dim=checkpoint.memory_dim,
+            prompt=checkpoint.prompt,
+            eos=checkpoint.eos + decoder_class.first_token,
+            dtype=dtype,
+            **options,
+        )
+        model = model_class.from_pretrained(folder, dtype=dtype)
+    return decoder.to(device).eval(), model.to(device).eval()
+
+
+def search(
+    decoder: Decoder, checkpoint: Checkpoint, memory: Tensor, beam_size: int, steps: int
+) -> Tensor:
+    """Searches with this project's beam search.
+
+    Args:
+        decoder: Its only scorer.
+        checkpoint: What the decoder was loaded from.
+        memory: Encoder output, (1, T, M).
+        beam_size: Hypotheses.
+        steps: Tokens.
+
+    Returns:
+        The tokenizer's ids of the best hypothesis, (steps,).
+    """
+    beam_search = BatchBeamSearch(
+        beam_size=beam_size,
+        vocab_size=decoder.odim,
+        weights={"decoder": 1.0},
+        scorers={"decoder": decoder},
+        sos=checkpoint.prompt[-1] + decoder.first_token,
+        eos=checkpoint.eos + decoder.first_token,
+        pre_beam_score_key="decoder",
+        max_tokens=decoder.max_tokens,
+    )
+    best = beam_search(memory[0], maxlenratio=-steps, minlenratio=-steps)[0]
+    return best.yseq[1:-1] - decoder.first_token
+
+
+def generate(
+    model: PreTrainedModel, make_inputs: Callable[[], dict[str, Any]], beam_size: int, steps: int
+) -> Tensor:
+    """Searches with transformers; Whisper's own loop over windows of 30 s is left out.
+
+    Args:
+        model: The model.
+        make_inputs: Makes what it is given, which it changes.
+        beam_size: Hypotheses.
+        steps: Tokens.
+
+    Returns:
+        The tokenizer's ids of the best hypothesis, (steps,).
+    """
+    tokens = GenerationMixin.generate(
+        model,
+        **make_inputs(),
+        num_beams=beam_size,
+        do_sample=False,
+        max_new_tokens=steps,
+        eos_token_id=model.config.vocab_size,  # There is none, and so nothing to forbid.
+        pad_token_id=model.config.eos_token_id,
+    )
+    return tokens[0, -steps:].cpu()
+
+
+def generate_inputs(
+    decoder: Decoder, model: PreTrainedModel, prompt: tuple[int, ...], memory: Tensor
+) -> dict[str, Any]:
+    """What `generate` is given to do what the search does.
+
+    Args:
+        decoder: The project's decoder, which makes the prefix.
+        model: The model of transformers.
+        prompt: The tokenizer's ids that precede a text.
+        memory: Encoder output, (1, T, M).
+
+    Returns:
+        Arguments by name.
+    """
+    tokens = torch.tensor([prompt], device=memory.device)
+    if isinstance(decoder, WhisperDecoder):
+        encoder_outputs = BaseModelOutput(last_hidden_state=memory.to(model.dtype))
+        mask = torch.ones_like(memory[..., 0], dtype=torch.int64)
+        return {
+            "encoder_outputs": encoder_outputs,
+            "attention_mask": mask,
+            "decoder_input_ids": tokens,
+        }
+    if decoder.memory_prefix is None:
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    lengths = torch.tensor([memory.size(1)], device=memory.device)
+    prefix, _ = decoder.memory_prefix(memory, lengths)
+    embedded = model.get_input_embeddings()(tokens)
+    parts = [embedded[:, :1], prefix.to(embedded.dtype), embedded[:, 1:]]
+    embedded = torch.cat(parts, dim=1)  # (1, 1 + M + P - 1, D)
+    mask = torch.ones_like(embedded[..., 0], dtype=torch.int64)
+    return {"inputs_embeds": embedded, "attention_mask": mask}
+
+
+@contextmanager
+def blocks_between_layers(
+    model: LlamaForCausalLM, decoder: LLaMADecoder, memory: Tensor
+) -> Iterator[None]:
+    """Puts the decoder's gated blocks before the layers of transformers' model, for a while.
+
+    Args:
+        model: The model.
+        decoder: The decoder that has the blocks.
+        memory: What they attend to, (1, T, M).
+    """
+
+    def attend(
+        block: nn.Module, keys_values: tuple[Tensor, Tensor], _: nn.Module, inputs: tuple
+    ) -> tuple:
+        hidden = inputs[0]
+        return block.attend(hidden, *keys_values, None, len(hidden)), *inputs[1:]
+
+    layers = model.model.layers[:: decoder.cross_every]
+    hooks = [
+        layer.register_forward_pre_hook(partial(attend, block, block.project_memory(memory)))
+        for layer, block in zip(layers, decoder.cross_attention, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def compare(
+    title: str,
+    reference: str,
+    searches: tuple[Search, Search],
+    beam_size: int,
+    work: Work,
+    device: torch.device,
+) -> Row:
+    """Times a step of two searches, and compares what they find.
+
+    Args:
+        title: What is searched.
+        reference: What the second search is.
+        searches: The project's search, and its reference.
+        beam_size: Hypotheses.
+        work: How much is computed.
+        device: Where.
+
+    Returns:
+        A row of the table.
+    """
+    lengths = (1, 1 + work.steps)
+    calls = [partial(one, beam_size, steps) for steps in lengths for one in searches]
+    timings = time_in_turns(calls, device, work.repeats)
+    first, reference_first, last, reference_last = (timing.milliseconds for timing in timings)
+    found, expected = (timing.result for timing in timings[2:])
+    greedy, expected_greedy = (one(1, 1 + work.steps) for one in searches)
+    return Row(
+        f"{title}, beam {beam_size} (reference: {reference})",
+        (last - first) / work.steps,
+        (reference_last - reference_first) / work.steps,
+        target=TARGET,
+        faster=False,
+        notes=[
+            f"{reference}: {agreement(greedy, expected_greedy)} with beam 1, "
+            f"{agreement(found, expected)} with beam {beam_size}",
+            f"{reference}: what precedes the text and the first step take {first:.0f} ms, there "
+            f"{reference_first:.0f} ms",
+        ],
+    )
+
+
+def agreement(found: Tensor, expected: Tensor) -> str:
+    """Tells how many tokens (U,) of two hypotheses are the same from the first on."""
+    same = int((found == expected).int().cumprod(0).sum())
+    which = f"all {same}" if same == len(expected) else f"only the first {same} of {len(expected)}"
+    return f"{which} tokens ({len(expected.unique())} different ones) are the same"
+
+
+def measure(
+    checkpoint: Checkpoint,
+    work: Work,
+    device: torch.device,
+    *,
+    beam_size: int,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Iterator[Row]:
+    """Measures a decoder.
+
+    Args:
+        checkpoint: Its checkpoint.
+        work: How much is computed.
+        device: Where.
+        beam_size: Hypotheses.
+        dtype: Precision of the checkpoint's weights.
+        **options: Of the decoder's constructor.
+
+    Yields:
+        Rows of the table.
+    """
+    decoder, model = load(checkpoint, device, dtype, **options)
+    generator = torch.Generator().manual_seed(0)
+    memory = torch.randn(1, FRAMES, checkpoint.memory_dim, generator=generator).to(device)
+    make_inputs = partial(generate_inputs, decoder, model, checkpoint.prompt, memory)
+    searches = (partial(search, decoder, checkpoint, memory), partial(generate, model, make_inputs))
+    title = f"{checkpoint.title}, {FRAMES} frames"
+    blocks = getattr(decoder, "cross_attention", ())
+    reference = "`generate` without gated blocks" if blocks else "`generate`"
+    yield compare(title, reference, searches, beam_size, work, device)
+    if not blocks:
+        return
+    for block in blocks:
+        nn.init.constant_(block.gate, OPEN)
+        nn.init.constant_(block.feed_forward_gate, OPEN)
+    with blocks_between_layers(model, decoder, memory):
+        reference = "`generate` with gated blocks"
+        yield compare(title, reference, searches, beam_size, work, device)
+
+
+def build_parser() -> ArgumentParser:
+    """Builds the command line's parser."""
+    parser = ArgumentParser(description="Compare a step of the beam search with transformers'.")
+    parser.add_argument(
+        "--decoder", choices=["llama", "whisper"], required=True, help="what to time"
+    )
+    parser.add_argument(
+        "--llama-conditioning",
+        choices=LLAMA_CONDITIONINGS,
+        default="cross-attention",
+        help="how LLaMA gets the memory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=list(WORK),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--beam-size", type=int, default=5, help="hypotheses (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="precision of the checkpoint's weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--llama-layers",
+        type=int,
+        help=f"layers of LLaMA (default: {WORK['cpu'].llama_layers} on a CPU, all "
+        f"{LLAMA_LAYERS} on a GPU)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    options = build_parser().parse_args(argv)
+    device, work = torch.device(options.device), WORK[options.device]
+    transformers_logging.disable_progress_bar()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, "
+        f"{torch.get_num_threads()} CPU threads, {options.dtype}\n"
+    )
+    print("| what | step (ms) | reference (ms) | ratio | target |")
+    print("|---|---|---|---|---|", flush=True)
+    torch.manual_seed(0)
+    if options.decoder == "whisper":
+        checkpoint, conditioning = whisper_checkpoint(), {}
+    else:
+        layers = options.llama_layers or work.llama_layers
+        checkpoint = llama_checkpoint(options.llama_conditioning, layers)
+        conditioning = {"conditioning": options.llama_conditioning}
+    notes = []
+    with torch.no_grad():
+        dtype = getattr(torch, options.dtype)
+        rows = measure(
+            checkpoint, work, device, beam_size=options.beam_size, dtype=dtype, **conditioning
+        )
+        for row in rows:
+            print(row, flush=True)
+            notes += row.notes
+    print("", *(f"- {note}" for note in notes), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
