@@ -145,8 +145,6 @@ def set_up_logging(*, debug: bool) -> None:
         debug: Log at debug level.
     """
     transformers_logging.disable_progress_bar()
-    # WavLM's attention in transformers mixes kinds of masks that PyTorch will no longer mix.
-    warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s %(message)s"
     )

@@ -1,18 +1,78 @@
 """Audio front-end: WavLM on the waveform."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import WavLMModel
+from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from espnet.nets.encoders import AUDIO_ENCODERS
+from espnet.nets.pytorch_backend.frontend.packing import Packing, attend, pack, pad
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
 from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 
 RECEPTIVE_FIELD = 400  # samples that a feature of the convolutions sees
+
+
+class PackedAttention(WavLMAttention):
+    """Attention of WavLM's layers, on packed frames too.
+
+    All of its linear layers are called, so that other modules can take their place: that of
+    transformers only reads the weights of most.
+
+    Args:
+        attention: That of transformers, whose weights it takes over.
+    """
+
+    def __init__(self, attention: WavLMAttention) -> None:
+        nn.Module.__init__(self)
+        vars(self).update(vars(attention))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Packing | None = None,
+        position_bias: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None, Tensor]:
+        """Attends within each utterance, with a bias for the distance that each query gates.
+
+        Args:
+            hidden_states: (1, N, D) packed, or (B, T, D).
+            attention_mask: The packing, which layers pass on in place of a mask.
+            position_bias: Bias of relative positions, (H, T, T); None in the first layer, which
+                makes it.
+            **_: What transformers passes besides.
+
+        Returns:
+            Attended values, shaped as `hidden_states`; None in place of weights; the bias.
+        """
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (self.num_heads, -1))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        packing = attention_mask
+        if position_bias is None:
+            length = query.size(1) if packing is None else packing.mask.size(1)
+            position_bias = self.compute_bias(length, length)
+        attended = attend(
+            *(query, key, value, packing),
+            gates=self.gates(hidden_states),
+            position_bias=position_bias,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return self.out_proj(attended.flatten(2)), None, position_bias
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Factors of the bias for each frame and head: (..., D) -> (..., H, 1)."""
+        heads = x.unflatten(-1, (self.num_heads, -1))
+        projected = self.gru_rel_pos_linear(heads).unflatten(-1, (2, -1)).sum(dim=-1)
+        share, reset = projected.sigmoid().unbind(-1)
+        return (share * (reset * self.gru_rel_pos_const.flatten() - 1) + 2).unsqueeze(-1)
 
 
 class WavLMEncoder(WaveEncoder):
@@ -49,6 +109,8 @@ class WavLMEncoder(WaveEncoder):
         )
         # The vector of masked frames, which are not used, would wait for a gradient in vain.
         backbone.masked_spec_embed = None
+        for layer in backbone.encoder.layers:
+            layer.attention = PackedAttention(layer.attention)
         super().__init__(
             backbone,
             freeze=freeze,
@@ -72,84 +134,117 @@ class WavLMEncoder(WaveEncoder):
         return lengths // SAMPLES_PER_FEATURE
 
     def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:
-        """Encodes waveforms of similar length.
+        """Encodes waveforms.
 
         Args:
-            waves: (B, S).
-            samples: Real samples, (B,), at most S.
+            waves: (B, S), longest first, zero where padded.
+            samples: Real samples, (B,).
             frames: Features of each, (B,).
 
         Returns:
             Features, (B, T, D), zero where padded, T that of the longest.
         """
-        waves = zero_padding(waves[..., None], padding_mask(samples, waves.size(1))).squeeze(-1)
         waves = F.pad(waves, (0, max(0, RECEPTIVE_FIELD - waves.size(1))))
-        samples = samples.clamp(min=RECEPTIVE_FIELD)
-        x, lengths = self.convolve_wave(waves, samples)
-        mask = padding_mask(lengths, x.size(1))
-        features = self.choose(self.hidden_states(x, mask))
+        x, lengths = self.convolve_waves(waves, samples.clamp(min=RECEPTIVE_FIELD))
+        packing = Packing.of(lengths)
+        if packing is None:  # (1, N, C) of nearly equal waveforms, or (B, T, C) -> (B, T, C)
+            x = x.reshape(len(waves), -1, x.size(2))
+        features = pad(self.choose(self.hidden_states(x, packing)), packing)
         length = int(frames.max())
         source = torch.arange(length, device=waves.device).minimum(lengths[:, None] - 1)  # (B, T)
         features = features.gather(1, source[..., None].expand(-1, -1, features.size(2)))
         return zero_padding(features, padding_mask(frames, length))
 
-    def convolve_wave(self, waves: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Applies the convolutions.
+    def convolve_waves(self, waves: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Applies the convolutions, to waveforms of different length end to end.
 
         Args:
-            waves: (B, S), S at least 400.
+            waves: (B, S), zero where padded, S at least 400.
             samples: Real samples, (B,), likewise.
 
         Returns:
-            Features, (B, T, C), and their lengths, (B,); what is beyond them means nothing.
+            Features, (B, T, C), or (1, N, C) of waveforms of different length; their lengths, (B,).
         """
-        config, lengths = self.backbone.config, samples
-        x = waves[:, None]
-        for index, layer in enumerate(self.backbone.feature_extractor.conv_layers):
-            lengths = (lengths - config.conv_kernel[index]) // config.conv_stride[index] + 1
+        config = self.backbone.config
+        lengths = [samples]
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            lengths.append((lengths[-1] - kernel) // stride + 1)
+        layers = self.backbone.feature_extractor.conv_layers
+        if padding_mask(samples, waves.size(1)) is None:
+            x = waves[:, None]
+            for layer in layers:
+                x = layer(x)
+            return x.transpose(1, 2), lengths[-1]
+        x, slots, real = _end_to_end(waves, samples, lengths[-1])
+        for index, layer in enumerate(layers):
             if config.feat_extract_norm == "group" and index == 0:
-                x = layer.conv(x)
-                mask = padding_mask(lengths, x.size(2))
-                x = layer.activation(_norm_over_time(layer.layer_norm, x, mask))
+                sizes = slots * (SAMPLES_PER_FEATURE // config.conv_stride[0])
+                x = _norm_each(layer.layer_norm, layer.conv(x), sizes.tolist(), lengths[1].tolist())
+                x = layer.activation(x)
             else:
                 x = layer(x)
-        return x.transpose(1, 2), lengths
+        return x.transpose(1, 2).index_select(1, real), lengths[-1]
 
-    def hidden_states(self, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    def hidden_states(self, x: Tensor, packing: Packing | None) -> Iterator[Tensor]:
         """The input of the first layer, and the output of each layer.
 
         Args:
-            x: Features of the convolutions, (B, T, C).
-            mask: Real frames, (B, T), or None if all are real.
+            x: Features of the convolutions, (1, N, C) packed, or (B, T, C).
+            packing: Of the features, or None if they are not packed.
 
         Yields:
-            Hidden states, (B, T, D) each.
+            Hidden states, (1, N, D) or (B, T, D) each.
         """
         encoder = self.backbone.encoder
-        projected, _ = self.backbone.feature_projection(x)
-        state = zero_padding(projected, mask)
-        state = state + encoder.pos_conv_embed(state)
+        state, _ = self.backbone.feature_projection(x)
+        state = state + pack(encoder.pos_conv_embed(pad(state, packing)), packing)
         if not self.backbone.config.do_stable_layer_norm:
             state = encoder.layer_norm(state)
         if self.backbone.feature_projection.training:  # else what comes before is frozen
             state = encoder.dropout(state)
         yield state
         bias = None  # of relative positions: the first layer's serves all
-        for index, layer in enumerate(self.layers):
-            options = {} if self.backbone.config.do_stable_layer_norm else {"index": index}
-            state, bias = layer(state, attention_mask=mask, position_bias=bias, **options)
+        for layer in self.layers:
+            state, bias = layer(state, attention_mask=packing, position_bias=bias)
             yield state
 
 
-def _norm_over_time(norm: nn.GroupNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """Applies a group norm of one channel a group, (B, C, T), to real frames, (B, T), only."""
-    if mask is None:
-        return norm(x)
-    real = mask[:, None]  # (B, T) -> (B, 1, T)
-    number = real.sum(dim=2, keepdim=True)
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.float()
-        mean = (x * real).sum(dim=2, keepdim=True) / number
-        variance = ((x - mean).square() * real).sum(dim=2, keepdim=True) / number
-        x = (x - mean) * (variance + norm.eps).rsqrt()
-        return x * norm.weight[:, None] + norm.bias[:, None]
+def _end_to_end(waves: Tensor, samples: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Lays waveforms end to end, so that convolutions without padding compute little in vain.
+
+    Each begins at a multiple of the convolutions' joint stride, so that its features are those
+    that it has alone. The few that see two waveforms are to be left out.
+
+    Args:
+        waves: (B, S), zero where padded.
+        samples: Real samples, (B,).
+        lengths: Features of each, (B,).
+
+    Returns:
+        The row, (1, 1, N·320); strides that each waveform takes, (B,), N in all; which of N
+        features are real.
+    """
+    slots = -(-samples // SAMPLES_PER_FEATURE)
+    number = int(slots.max())
+    waves = F.pad(waves, (0, number * SAMPLES_PER_FEATURE - waves.size(1)))
+    place = torch.arange(number, device=waves.device)
+    taken = place < slots[:, None]  # (B, N')
+    row = waves.unflatten(1, (number, SAMPLES_PER_FEATURE))[taken].view(1, 1, -1)
+    return row, slots, (place < lengths[:, None])[taken].nonzero().squeeze(1)
+
+
+def _norm_each(norm: nn.GroupNorm, x: Tensor, sizes: list[int], lengths: list[int]) -> Tensor:
+    """Applies a group norm to each of the waveforms in a row, (1, C, T), by itself.
+
+    Args:
+        norm: A group norm of one channel a group.
+        x: Features; the last waveform may lack some of its size.
+        sizes: What each waveform takes of T.
+        lengths: How much of it is real.
+
+    Returns:
+        Normalised features, (1, C, T); what is not real is as it was.
+    """
+    sizes = [*sizes[:-1], x.size(2) - sum(sizes[:-1])]
+    parts = zip(x.split(sizes, dim=2), lengths, strict=True)
+    return torch.cat([y for x, n in parts for y in (norm(x[..., :n]), x[..., n:])], dim=2)

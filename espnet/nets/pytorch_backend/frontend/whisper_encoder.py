@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBackbone
 
 from espnet.nets.encoders import AUDIO_ENCODERS
+from espnet.nets.pytorch_backend.frontend.packing import ATTENTION, Packing, pack, pad
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
 from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 from espnet.nets.pytorch_backend.frontend.whisper_log_mel import WhisperLogMel
@@ -56,6 +57,7 @@ class WhisperEncoder(WaveEncoder):
             flag="--audio-encoder-name",
             # Published checkpoints begin with `model.encoder.`, those of WhisperModel with less.
             key_mapping={r"^(model\.)?encoder\.": ""},
+            attn_implementation=ATTENTION,
         )
         backbone.embed_positions.requires_grad_(False)  # Sinusoids; loading forgets it.
         super().__init__(
@@ -82,12 +84,12 @@ class WhisperEncoder(WaveEncoder):
         """Features of waveforms of given lengths in samples: one for each 20 ms that begin."""
         return (lengths + SAMPLES_PER_FEATURE - 1) // SAMPLES_PER_FEATURE
 
-    def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:
-        """Encodes waveforms of similar length.
+    def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:  # noqa: ARG002
+        """Encodes waveforms.
 
         Args:
-            waves: (B, S).
-            samples: Real samples, (B,), at most S.
+            waves: (B, S), longest first, zero where padded.
+            samples: Real samples, (B,).
             frames: Features of each, (B,).
 
         Returns:
@@ -103,41 +105,36 @@ class WhisperEncoder(WaveEncoder):
                 f"takes at most {self.positions / self.frame_rate:g} s: leave it out, cut it, or "
                 "choose another --audio-encoder"
             )
-        waves = zero_padding(waves[..., None], padding_mask(samples, waves.size(1))).squeeze(-1)
-        mask = padding_mask(frames, length)
         if self.pad_30s:
             mel = self.log_mel(waves, CONVOLUTION_STRIDE * self.positions)
             features = self.choose(self.hidden_states(mel, None))[:, :length]
-        else:
-            mel = self.log_mel(waves, CONVOLUTION_STRIDE * length)
-            features = self.choose(self.hidden_states(mel, mask))
-        return zero_padding(features, mask)
+            return zero_padding(features, padding_mask(frames, length))
+        packing = Packing.of(frames)
+        mel = self.log_mel(waves, CONVOLUTION_STRIDE * length)
+        return pad(self.choose(self.hidden_states(mel, packing)), packing)
 
-    def hidden_states(self, mel: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    def hidden_states(self, mel: Tensor, packing: Packing | None) -> Iterator[Tensor]:
         """The input of the first layer, and the output of each layer.
 
         Args:
             mel: Log-mel features, (B, 2·T, mels).
-            mask: Real frames of the hidden states, (B, T), or None if all are real.
+            packing: Of the hidden states, or None to leave them as they are.
 
         Yields:
-            Hidden states, (B, T, D) each.
+            Hidden states, packed, (1, N, D), or (B, T, D) each.
         """
         backbone = self.backbone
-        mel_mask = None if mask is None else mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
-        x = zero_padding(mel, mel_mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
+        mask = None
+        if packing is not None:
+            mask = packing.mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
+        x = zero_padding(mel, mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
         # The second convolution, with stride 2, never sees beyond 2·T.
         x = F.gelu(backbone.conv2(F.gelu(backbone.conv1(x)))).transpose(1, 2)  # -> (B, T, D)
-        state = x + backbone.embed_positions.weight[: x.size(1)]
+        state = pack(x + backbone.embed_positions.weight[: x.size(1)], packing)
         state = F.dropout(state, backbone.dropout, backbone.conv1.training)
-        attended = None if mask is None else mask[:, None, None]  # (B, T) -> (B, 1, 1, T)
         for index, layer in enumerate(self.layers, start=1):
             yield state
-            state = layer(state, attended)
+            state = layer(state, packing)
             if index == backbone.config.encoder_layers:
                 state = backbone.layer_norm(state)
         yield state
-
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        # Padded to 30 s, utterances are alike.
-        return [list(range(len(lengths)))] if self.pad_30s else super()._groups(lengths)
