@@ -30,7 +30,7 @@ from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
-from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 
 Options = TypeVar("Options", EncoderOptions, DecoderOptions)
@@ -172,7 +172,7 @@ def _decoder_dtype(options: DecoderOptions) -> torch.dtype:
     return torch.bfloat16 if automatic or options.decoder_dtype == "bfloat16" else torch.float32
 
 
-class E2E(nn.Module):
+class E2E(FreezableModule):
     """Audio, video or audio-visual recogniser trained with CTC and attention together.
 
     Source: Watanabe et al., Hybrid CTC/Attention Architecture, 2017; Ma et al., Auto-AVSR, ICASSP
@@ -400,19 +400,6 @@ class E2E(nn.Module):
             memory = self.encoder(memory, frames)
         beside = [features[s] for s in self.streams if s not in self.fused_streams]
         return torch.cat([memory, *beside], dim=-1) if beside else memory, frames
-
-    def train(self, mode: bool = True) -> "E2E":
-        """Sets training mode, except for what is frozen.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            This module.
-        """
-        super().train(mode)
-        keep_frozen_in_eval(self)
-        return self
 
     def _frontend(self, stream: str) -> nn.Module:
         return self.video_frontend if stream == "video" else self.audio_frontend

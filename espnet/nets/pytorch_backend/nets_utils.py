@@ -115,6 +115,23 @@ def keep_frozen_in_eval(module: nn.Module) -> None:
             keep_frozen_in_eval(child)
 
 
+class FreezableModule(nn.Module):
+    """A module whose frozen parts stay in eval mode, whatever mode it is set to."""
+
+    def train(self, mode: bool = True) -> "FreezableModule":
+        """Sets training mode, except for what is frozen.
+
+        Args:
+            mode: Whether to train.
+
+        Returns:
+            This module.
+        """
+        super().train(mode)
+        keep_frozen_in_eval(self)
+        return self
+
+
 def length_groups(lengths: list[int], *, max_padding: float = 0.1) -> list[list[int]]:
     """Parts a batch into utterances of similar length, so that little work goes into padding.
 

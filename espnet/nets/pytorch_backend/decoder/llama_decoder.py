@@ -13,7 +13,7 @@ from espnet.nets.decoders import DECODERS, LLAMA_CONDITIONINGS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
 from espnet.nets.pytorch_backend.decoder.llama_layers import ATTENTION, SharedPrefix, run_layers
 from espnet.nets.pytorch_backend.decoder.llama_prefix import MemoryPrefix, join
-from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval, padding_mask
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 from espnet.nets.scorer_interface import ScorerInterface
 
@@ -42,7 +42,7 @@ class LLaMADecoderState:
     cache: DynamicCache
 
 
-class LLaMADecoder(nn.Module, ScorerInterface):
+class LLaMADecoder(FreezableModule, ScorerInterface):
     """Decoder over the encoder's output made of a LLaMA checkpoint, in transformers' layers.
 
     With `cross-attention`, gated blocks before some layers attend to the memory. Their gates are
@@ -148,19 +148,6 @@ class LLaMADecoder(nn.Module, ScorerInterface):
         if self.memory_prefix is not None:
             prefix = -(-frames // self.memory_prefix.downsample)
         return max(0, self.positions - len(self.prompt) - prefix)
-
-    def train(self, mode: bool = True) -> "LLaMADecoder":
-        """Sets training mode, except for what is frozen.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            This module.
-        """
-        super().train(mode)
-        keep_frozen_in_eval(self)
-        return self
 
     def forward(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
         """Scores every next token of given sequences.

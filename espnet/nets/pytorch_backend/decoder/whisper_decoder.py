@@ -12,7 +12,7 @@ from transformers import DynamicCache, WhisperForCausalLM
 
 from espnet.nets.decoders import DECODERS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
-from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval, padding_mask
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 from espnet.nets.scorer_interface import ScorerInterface
 
@@ -38,7 +38,7 @@ class WhisperState:
     cache: DynamicCache
 
 
-class WhisperDecoder(nn.Module, ScorerInterface):
+class WhisperDecoder(FreezableModule, ScorerInterface):
     """Decoder of a Whisper checkpoint with its own vocabulary and output layer.
 
     The project's ids are those of the checkpoint's tokenizer plus 1; 0 is the CTC blank.
@@ -120,19 +120,6 @@ class WhisperDecoder(nn.Module, ScorerInterface):
     def max_tokens(self, frames: int) -> int:  # noqa: ARG002
         """Most tokens of a text, without start and end symbol, whatever the frames of memory."""
         return self.positions - len(self.prompt)
-
-    def train(self, mode: bool = True) -> "WhisperDecoder":
-        """Sets training mode, except for what is frozen.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            This module.
-        """
-        super().train(mode)
-        keep_frozen_in_eval(self)
-        return self
 
     def forward(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
         """Scores every next token of given sequences.

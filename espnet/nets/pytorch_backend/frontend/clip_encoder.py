@@ -22,25 +22,14 @@ class CLIPEncoder(ImageEncoder):
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole CLIP or its vision
             model alone.
-        freeze: Whether its weights stay as they are.
-        unfreeze_last_layers: Layers at its end that are trained nevertheless.
-        encoder_layer: Hidden layer that gives the features; -1: the output, `weighted`: all.
-        **options: `pooling`, `image_size`, `chunk_frames`, `gradient_checkpointing`: as for
-            `ImageEncoder`.
+        **options: `freeze`, `encoder_layer`, `pooling` and so on, as for `ImageEncoder` and
+            `PretrainedEncoder`.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        freeze: bool = True,
-        unfreeze_last_layers: int = 0,
-        encoder_layer: int | str = -1,
-        **options: Any,
-    ) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         super().__init__(
             load_pretrained(
                 CLIPVisionModel,
@@ -48,9 +37,6 @@ class CLIPEncoder(ImageEncoder):
                 VISION_ENCODERS["clip"].model_types,
                 flag="--vision-encoder-name",
             ),
-            freeze=freeze,
-            unfreeze_last_layers=unfreeze_last_layers,
-            encoder_layer=encoder_layer,
             **image_statistics(name, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)),
             **options,
         )

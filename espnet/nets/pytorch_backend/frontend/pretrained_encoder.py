@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 
 
-class PretrainedEncoder(nn.Module):
+class PretrainedEncoder(FreezableModule):
     """A transformers model with its layers cut to those that are used, frozen or trained.
 
     Args:
@@ -31,9 +31,9 @@ class PretrainedEncoder(nn.Module):
         self,
         backbone: PreTrainedModel,
         *,
-        freeze: bool,
-        unfreeze_last_layers: int,
-        encoder_layer: int | str,
+        freeze: bool = True,
+        unfreeze_last_layers: int = 0,
+        encoder_layer: int | str = -1,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -78,19 +78,6 @@ class PretrainedEncoder(nn.Module):
     def trains_backbone(self) -> bool:
         """Whether any weight of the backbone is trained."""
         return any(parameter.requires_grad for parameter in self.backbone.parameters())
-
-    def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """Sets training mode, except for what is frozen.
-
-        Args:
-            mode: Whether to train.
-
-        Returns:
-            This module.
-        """
-        super().train(mode)
-        keep_frozen_in_eval(self)
-        return self
 
     def choose(self, states: Iterator[Tensor]) -> Tensor:
         """Makes the features of the hidden layers.

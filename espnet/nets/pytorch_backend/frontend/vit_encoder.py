@@ -21,25 +21,14 @@ class ViTEncoder(ImageEncoder):
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it.
-        freeze: Whether its weights stay as they are.
-        unfreeze_last_layers: Layers at its end that are trained nevertheless.
-        encoder_layer: Hidden layer that gives the features; -1: the output, `weighted`: all.
-        **options: `pooling`, `image_size`, `chunk_frames`, `gradient_checkpointing`: as for
-            `ImageEncoder`.
+        **options: `freeze`, `encoder_layer`, `pooling` and so on, as for `ImageEncoder` and
+            `PretrainedEncoder`.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        freeze: bool = True,
-        unfreeze_last_layers: int = 0,
-        encoder_layer: int | str = -1,
-        **options: Any,
-    ) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         super().__init__(
             load_pretrained(
                 ViTModel,
@@ -48,9 +37,6 @@ class ViTEncoder(ImageEncoder):
                 flag="--vision-encoder-name",
                 add_pooling_layer=False,
             ),
-            freeze=freeze,
-            unfreeze_last_layers=unfreeze_last_layers,
-            encoder_layer=encoder_layer,
             **image_statistics(name, (PUBLISHED_MEAN, PUBLISHED_STD)),
             **options,
         )

@@ -86,24 +86,14 @@ class WavLMEncoder(WaveEncoder):
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it.
-        freeze: Whether its weights stay as they are.
-        unfreeze_last_layers: Layers at its end that are trained nevertheless.
-        encoder_layer: Hidden layer that gives the features; -1: the output, `weighted`: all.
-        gradient_checkpointing: Whether trained layers are computed again for their gradients.
+        **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
+            `WaveEncoder` and `PretrainedEncoder`.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        freeze: bool = True,
-        unfreeze_last_layers: int = 0,
-        encoder_layer: int | str = -1,
-        gradient_checkpointing: bool = True,
-    ) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         backbone = load_pretrained(
             WavLMModel, name, AUDIO_ENCODERS["wavlm"].model_types, flag="--audio-encoder-name"
         )
@@ -111,13 +101,7 @@ class WavLMEncoder(WaveEncoder):
         backbone.masked_spec_embed = None
         for layer in backbone.encoder.layers:
             layer.attention = PackedAttention(layer.attention)
-        super().__init__(
-            backbone,
-            freeze=freeze,
-            unfreeze_last_layers=unfreeze_last_layers,
-            encoder_layer=encoder_layer,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        super().__init__(backbone, **options)
 
     @property
     def layers(self) -> nn.ModuleList:

@@ -1,6 +1,7 @@
 """Audio front-end: the encoder of Whisper on utterances of their real length."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,17 +23,15 @@ class WhisperEncoder(WaveEncoder):
 
     Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2023, in
     transformers' implementation. Unlike there, utterances are not padded to 30 s: the table of
-    positions is cut to their length, and padding is masked.
+    positions is cut to their length, and padding is masked. Its final layer norm is part of the
+    last hidden layer.
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
-        freeze: Whether its weights stay as they are.
-        unfreeze_last_layers: Layers at its end that are trained nevertheless.
-        encoder_layer: Hidden layer that gives the features; -1: the output, `weighted`: all. The
-            final layer norm is part of the last one, as in transformers.
-        gradient_checkpointing: Whether trained layers are computed again for their gradients.
         pad_30s: Pad every utterance to 30 s, as Whisper was trained; the features are those of
             its real length.
+        **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
+            `WaveEncoder` and `PretrainedEncoder`.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
@@ -44,11 +43,8 @@ class WhisperEncoder(WaveEncoder):
         self,
         name: str,
         *,
-        freeze: bool = True,
-        unfreeze_last_layers: int = 0,
-        encoder_layer: int | str = -1,
-        gradient_checkpointing: bool = True,
         pad_30s: bool = False,
+        **options: Any,
     ) -> None:
         backbone = load_pretrained(
             WhisperBackbone,
@@ -60,13 +56,7 @@ class WhisperEncoder(WaveEncoder):
             attn_implementation=ATTENTION,
         )
         backbone.embed_positions.requires_grad_(False)  # Sinusoids; loading forgets it.
-        super().__init__(
-            backbone,
-            freeze=freeze,
-            unfreeze_last_layers=unfreeze_last_layers,
-            encoder_layer=encoder_layer,
-            gradient_checkpointing=gradient_checkpointing,
-        )
+        super().__init__(backbone, **options)
         self.positions = backbone.config.max_source_positions
         self.pad_30s = pad_30s
         self.log_mel = WhisperLogMel(backbone.config.num_mel_bins)
