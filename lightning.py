@@ -133,8 +133,8 @@ class ModelModule(pl.LightningModule):
             lr=self.lr,
             weight_decay=self.weight_decay,
             betas=(0.9, 0.98),
-            # Lightning refuses to clip what a fused step would unscale.
-            fused=None if self.trainer.precision == "16-mixed" else True,
+            # Lightning refuses to clip for a fused step in any mixed precision, bfloat16 too.
+            fused=None if "mixed" in self.trainer.precision else True,
         )
         steps = self.trainer.estimated_stepping_batches
         warmup_steps = steps * self.warmup_epochs / self.trainer.max_epochs

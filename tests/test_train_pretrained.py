@@ -95,6 +95,14 @@ def test_the_modality_follows_from_the_encoders(arguments, capsys, vision, audio
     assert f" M parameters ({modality}) in " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("audio", ["resnet1d", "whisper", "wavlm"])
+def test_mixed_precision_trains(arguments, audio):
+    words = arguments(f"bf16_{audio}", "vit", audio, "--max-epochs", "1", "--encoder-layer", "1")
+    train.main([*words, "--precision", "bf16-mixed"])
+    state = read_state_dict(arguments.exp_dir / f"bf16_{audio}/last.ckpt")
+    assert all(value.isfinite().all() for value in state.values())
+
+
 def test_resuming_trains_on_with_pretrained_encoders(arguments):
     straight = arguments("straight", None, "whisper", "--no-freeze-audio-encoder")
     train.main(straight)

@@ -74,7 +74,7 @@ class ErrorCounts:
     @property
     def rate(self) -> float:
         """Errors over reference tokens."""
-        return (self.substitutions + self.deletions + self.insertions) / self.reference
+        return (self.substitutions + self.deletions + self.insertions) / max(self.reference, 1)
 
 
 def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCounts, ErrorCounts]:

@@ -108,6 +108,12 @@ def _model_problems(args: Namespace, modality: str | None) -> list[str]:
             f"--ctc-decode-weight {args.ctc_decode_weight:g}, but a model of --ctc-weight 0 has no "
             "CTC layer: leave it out, or train with CTC"
         )
+    if args.llama_conditioning == "prefix" and args.decoder != "llama":
+        problems.append("--llama-conditioning prefix needs --decoder llama")
+    if args.whisper_language and args.decoder != "whisper":
+        problems.append(f"--whisper-language {args.whisper_language} needs --decoder whisper")
+    if args.whisper_task != "transcribe" and args.decoder != "whisper":
+        problems.append(f"--whisper-task {args.whisper_task} needs --decoder whisper")
     if args.text_case == "lower" and not choice.pretrained:
         problems.append("--text-case lower needs --decoder llama or whisper")
     if args.adim % args.aheads or args.adim % 2:

@@ -545,6 +545,9 @@ def demo_options(given: Namespace) -> dict[str, Any]:
         del options["modality"], options["audio_encoder"]
         if modality != "audiovisual":
             del options["modality_dropout"]
+    share = DECODERS[given.decoder].ctc_weight if given.ctc_weight is None else given.ctc_weight
+    if not share:  # Without a CTC layer, the search can give it no share either.
+        del options["ctc_weight"], options["ctc_decode_weight"]
     return options
 
 

@@ -25,7 +25,7 @@ class LLaMADecoderState:
     Attributes:
         beam_size: K.
         starts: Position of sos, (B,).
-        last_start: The largest of them.
+        first_start: The smallest of them.
         memory: For each block of cross-attention the keys and values of the memory,
             (B, H, T, D/H): one copy an utterance, whatever the beam.
         memory_mask: Real frames, (B, T), or None if all are real.
@@ -35,7 +35,7 @@ class LLaMADecoderState:
 
     beam_size: int
     starts: Tensor
-    last_start: int
+    first_start: int
     memory: list[tuple[Tensor, Tensor]]
     memory_mask: Tensor | None
     prefix: SharedPrefix | None
@@ -189,7 +189,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         state = LLaMADecoderState(
             beam_size=1,
             starts=starts,
-            last_start=hidden.size(1),
+            first_start=int(starts.min()),
             memory=[block.project_memory(memory) for block in self.cross_attention],
             memory_mask=padding_mask(memory_lengths, memory.size(1)),
             prefix=None,
@@ -209,8 +209,10 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
             ValueError: If the text gets longer than the checkpoint has positions.
         """
         step = state.cache.get_seq_length()
-        self._check_positions(state.last_start, step + 1)
-        places = (state.starts + step).repeat_interleave(state.beam_size).unsqueeze(1)
+        self._check_positions(state.first_start, step + 1)
+        # Utterances beyond the last position are over, but may not have left the search yet.
+        places = (state.starts + step).clamp(max=self.positions - 1)
+        places = places.repeat_interleave(state.beam_size).unsqueeze(1)
         hidden = self._decode(
             self._embed(tokens.unsqueeze(1)),
             self._blocks(state),
@@ -231,7 +233,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         return replace(
             state,
             starts=state.starts[kept],
-            last_start=int(state.starts[kept].max()),
+            first_start=int(state.starts[kept].min()),
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
             memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
             prefix=None if state.prefix is None else state.prefix.keep(kept),

@@ -48,7 +48,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
     video before each block is that of Rouditchenko et al., Whisper-Flamingo, 2024.
 
     In search, the tokens that the checkpoint's generation config suppresses are out of the
-    question, and so are those of `suppress`; the end symbol never is.
+    question, and so are those of `suppress`; the end symbol only as the first token.
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
@@ -275,6 +275,8 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         config = self.backbone.generation_config
         always = self._mark([*suppress, *(config.suppress_tokens or ())])
         first = always | self._mark(config.begin_suppress_tokens or ())
+        if self.eos - self.first_token in (config.begin_suppress_tokens or ()):
+            first[self.eos] = True  # As in `generate`, a text is never empty.
         all_but_eos = torch.ones(self.odim, dtype=torch.bool)
         all_but_eos[self.eos] = False
         self.register_buffer("suppressed", always, persistent=False)

@@ -109,7 +109,8 @@ class ImageEncoder(PretrainedEncoder):
         if side is None:
             side = -(-max(frames.shape[2:]) // self.patch_size) * self.patch_size
         if tuple(frames.shape[2:]) != (side, side):
-            frames = F.interpolate(frames, (side, side), mode="bilinear", antialias=True)
+            resized = F.interpolate(frames.float(), (side, side), mode="bilinear", antialias=True)
+            frames = resized.to(frames.dtype)
         return frames * self.scale + self.shift  # (N, 1, H', W') -> (N, 3, H', W')
 
     def hidden_states(self, images: Tensor) -> Iterator[Tensor]:

@@ -117,6 +117,7 @@ class WhisperEncoder(WaveEncoder):
         mask = None
         if packing is not None:
             mask = packing.mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
+        mel = mel.to(backbone.conv1.weight.dtype)
         x = zero_padding(mel, mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
         # The second convolution, with stride 2, never sees beyond 2·T.
         x = F.gelu(backbone.conv2(F.gelu(backbone.conv1(x)))).transpose(1, 2)  # -> (B, T, D)

@@ -51,12 +51,12 @@ class WhisperLogMel(nn.Module):
                 waves,
                 FFT_SIZE,
                 HOP,
-                window=self.window,
+                window=self.window.float(),
                 center=True,
                 pad_mode="reflect",
                 return_complex=True,
             )
             power = spectrum.real.square() + spectrum.imag.square()  # (B, FFT_SIZE / 2 + 1, F')
-            energies = (power.transpose(1, 2) @ self.filters).clamp(min=FLOOR).log10()
+            energies = (power.transpose(1, 2) @ self.filters.float()).clamp(min=FLOOR).log10()
             loudest = energies.amax(dim=(1, 2), keepdim=True)
             return (torch.maximum(energies, loudest - RANGE)[:, :frames] + 4.0) / 4.0

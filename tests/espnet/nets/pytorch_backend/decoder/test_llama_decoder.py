@@ -424,14 +424,18 @@ def test_more_positions_than_the_checkpoint_has(tmp_path):
     message = r"11 positions .* 3 of the encoder's output .* has 10: raise --llama-downsample, 3"
     with pytest.raises(ValueError, match=message):
         decoder(batch(length=6)[0], memory, lengths)
-    state = decoder.init(memory, lengths, 1)
+    states = [decoder.init(memory[:1], lengths[:1], 1), decoder.init(memory, lengths, 1)]
     for step in range(5):
-        _, state = decoder.score(tokens[:, step], state)
+        for rows, state in zip((1, 3), states, strict=True):
+            decoder.score(tokens[:rows, step], state)
     with pytest.raises(ValueError, match=message):
-        decoder.score(tokens[:, 0], state)
-    shorter = torch.tensor([1, 2])  # Without the longest, there is room for one more.
-    scores, _ = decoder.score(tokens[shorter, 0], decoder.reorder(state, shorter))
-    assert scores.shape == (2, TOKENS + 1)
+        decoder.score(tokens[:1, 0], states[0])
+    # The longest has no position left: it is over, while the others have room for one more.
+    together, _ = decoder.score(tokens[:, 0], states[1])
+    state = decoder.init(memory[1:], lengths[1:], 1)
+    for step in (0, 1, 2, 3, 4, 0):
+        scores, state = decoder.score(tokens[1:, step], state)
+    torch.testing.assert_close(together[1:], scores)
     with pytest.raises(ValueError, match="leave the utterance out"):
         decoder.init(memory.repeat(1, 4, 1), 4 * lengths, 1)
 

@@ -190,13 +190,13 @@ def test_memory_is_kept_once_an_utterance(make_decoder):
         assert [part.shape for pair in pairs for part in pair] == 4 * [(2, 4, 7, DIM // 4)]
 
 
-def test_suppresses_all_but_the_end_symbol(tmp_path):
+def test_suppresses_the_end_symbol_as_first_token_only(tmp_path):
     """Also ids that the output layer does not have are given."""
     make_whisper(tmp_path, suppress=[9, EOS, VOCABULARY], begin=[EOS, 10, 220])
     options = {"memory_dim": DIM, "prompt": PROMPT, "eos": EOS + 1}
     decoder = WhisperDecoder(str(tmp_path), **options, suppress=(2, 3, EOS, 99)).eval()
     state = decoder.init(torch.randn(1, 5, DIM), torch.tensor([5]), 2)
-    for suppressed in ({0, 3, 4, 10, 11}, {0, 3, 4, 10}):
+    for suppressed in ({0, 3, 4, 10, 11, EOS + 1}, {0, 3, 4, 10}):
         scores, state = decoder.score(torch.tensor([PROMPT[-1] + 1] * 2), state)
         for row in scores:
             assert set(row.isneginf().nonzero().flatten().tolist()) == suppressed
