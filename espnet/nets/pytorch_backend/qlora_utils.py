@@ -1,0 +1,381 @@
+"""QLoRA for any module: linear layers in 4 bits, and small trained adapters beside them.
+
+Source: Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023; Hu et al., LoRA:
+Low-Rank Adaptation of Large Language Models, 2022. bitsandbytes quantises and peft adapts; they
+are imported when they are needed, and what uses neither can do without them.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.util import find_spec
+from re import escape
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+REQUIREMENTS = {"bitsandbytes": "bitsandbytes>=0.46", "peft": "peft>=0.17"}
+INSTALLED = {package for package in REQUIREMENTS if find_spec(package)}
+
+# Their errors would go straight into the scores, and some share their weights with an embedding.
+OUTPUT_LAYERS = ("lm_head", "proj_out", "ctc_lo", "output_layer")
+
+# The linear layers of attention and feed-forward blocks, by the `model_type` of transformers.
+LORA_TARGETS = {
+    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "whisper": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"),
+    "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+    "clip_vision_model": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+}
+# Those of the project's own Conformer and Transformer blocks.
+BLOCK_TARGETS = ("linear_q", "linear_k", "linear_v", "linear_pos", "linear_out", "w_1", "w_2")
+BLOCK = 64  # weights that share a scale
+SHOWN = 12  # names of layers that an error lists
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """What a module's parameters are and take.
+
+    Attributes:
+        total: Their number; one in 4 bits counts as one.
+        trainable: How many of them are trained.
+        bytes: Their memory, with that of the tables of 4-bit weights.
+    """
+
+    total: int
+    trainable: int
+    bytes: int
+
+    def __str__(self) -> str:
+        share = self.trainable / max(1, self.total)
+        return (
+            f"{self.total:,} parameters, {self.trainable:,} trained ({share:.2%}), "
+            f"{self.bytes / 2**20:,.1f} MiB"
+        )
+
+
+def apply_qlora(
+    module: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.05,
+    targets: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+) -> list[str]:
+    """Quantises a module in place and adds adapters.
+
+    Args:
+        module: As for `add_lora`.
+        rank: As for `add_lora`.
+        alpha: As for `add_lora`.
+        dropout: As for `add_lora`.
+        targets: As for `add_lora`.
+        skip: As for `quantize_4bit`.
+
+    Returns:
+        The names of the linear layers that keep their precision.
+
+    Raises:
+        ValueError: As for `quantize_4bit` and `add_lora`; nothing is changed then.
+    """
+    config = _lora_config(module, rank, alpha, dropout, targets)  # Fails before the long work.
+    left_alone = quantize_4bit(module, skip=skip)
+    _inject(module, config)
+    logger.info("%s with QLoRA: %s", type(module).__name__, parameter_report(module))
+    return left_alone
+
+
+def quantize_4bit(module: nn.Module, *, skip: Iterable[str] = ()) -> list[str]:
+    """Puts the weights of a module's linear layers into 4 bits, in place, and freezes them.
+
+    They become NF4 in blocks of 64, whose scales become 8 bits. One layer is done after the
+    other on the device where it is, so that there is never a second copy of the whole. Layers
+    compute in bfloat16 on a GPU and in float32 on a CPU; the type of what they take and give
+    stays. Tables of the quantisation take 1 kB more a layer, which is little from a width of 256
+    on. They are in the state dict, which loads into a module that is quantised in the same way.
+
+    Left alone are output layers, layers that share their weight (tied embeddings), those whose
+    input is no multiple of 64, and what is not a plain `nn.Linear`.
+
+    Args:
+        module: Module with linear layers in it.
+        skip: Names of further layers to leave alone; patterns as for `add_lora`.
+
+    Returns:
+        The names of the linear layers that keep their precision.
+
+    Raises:
+        ValueError: If bitsandbytes is missing or does not work.
+    """
+    bitsandbytes = _load("bitsandbytes")
+    patterns = (*OUTPUT_LAYERS, *skip)
+    uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    left_alone, names = [], []
+    for name, layer in _linear_layers(module):
+        # Subclasses may read the weight themselves, as PyTorch's own attention does. bitsandbytes
+        # computes wrong results on some CPUs if blocks go over the ends of rows.
+        fits = type(layer) is nn.Linear and layer.in_features % BLOCK == 0
+        own = uses[id(layer.weight)] == 1
+        keep = any(_matches(name, pattern) for pattern in patterns)
+        (names if fits and own and not keep else left_alone).append(name)
+    for name in names:
+        module.set_submodule(name, _quantised(module.get_submodule(name), bitsandbytes))
+    logger.info(
+        "%d linear layers are in 4 bits now; left alone: %s",
+        *(len(names), ", ".join(left_alone) or "none"),
+    )
+    return left_alone
+
+
+def add_lora(
+    module: nn.Module,
+    *,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.05,
+    targets: Iterable[str] | None = None,
+) -> None:
+    """Adds adapters to linear layers, quantised or not, and freezes all else in the module.
+
+    At first they change no output. Give the part that is to be adapted, such as the model of
+    transformers in a front-end or decoder: new layers around it are then trained as before. The
+    adapters get the module's mode, training or eval: set that of the whole model again afterwards.
+
+    Args:
+        module: Module with linear layers in it.
+        rank: Rank of the updates.
+        alpha: Updates are scaled by alpha / rank.
+        dropout: Dropout on what the adapters take.
+        targets: Names of layers, whole or their last parts, in which `*` stands for anything:
+            `q_proj`, `layers.0.*`. None: all of attention and feed-forward blocks, as
+            `LORA_TARGETS` and `BLOCK_TARGETS` name them.
+
+    Raises:
+        ValueError: If peft is missing or does not work, a number is out of range, a target matches
+            no linear layer, or there are adapters already.
+    """
+    _inject(module, _lora_config(module, rank, alpha, dropout, targets))
+
+
+def merge_lora(module: nn.Module) -> None:
+    """Adds the updates of adapters to the weights, in place; only plain linear layers are left.
+
+    Weights in 4 bits, those without adapters too, get the precision again that they had before
+    they were quantised. Merged layers are frozen.
+
+    Args:
+        module: Module that `apply_qlora` or `add_lora` adapted, in any precision.
+
+    Raises:
+        ValueError: If peft, or bitsandbytes for a quantised module, is missing or does not work.
+    """
+    adapted = _load("peft").tuners.lora.LoraLayer
+
+    def merge(layer: nn.Module) -> nn.Linear:
+        linear = _plain(layer.base_layer)
+        for name in layer.active_adapters:
+            up, down = layer.lora_B[name].weight.float(), layer.lora_A[name].weight.float()
+            update = layer.scaling[name] * (up @ down).detach()
+            linear.weight.data = (linear.weight.float() + update).to(linear.weight.dtype)
+        return linear
+
+    _replace(module, lambda layer: isinstance(layer, adapted), merge)
+    _replace(module, _is_quantised, _plain)
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that an optimiser is to train."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def parameter_report(module: nn.Module) -> ParameterReport:
+    """Counts parameters and their memory; what is shared counts once, a 4-bit weight as it is."""
+    total = size = 0
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        total += parameter.numel() if state is None else state.shape.numel()
+        tensors = [parameter, *([] if state is None else _tables(state))]
+        size += sum(tensor.nbytes for tensor in tensors)
+    trainable = sum(parameter.numel() for parameter in trainable_parameters(module))
+    return ParameterReport(total=total, trainable=trainable, bytes=size)
+
+
+def _load(package: str) -> ModuleType:
+    """Imports bitsandbytes or peft; raises a one-line `ValueError` if that cannot be done."""
+    if package not in INSTALLED:
+        raise ValueError(_remedy(package, "it is not installed"))
+    # On some CPUs it recommends a kernel for weights in a form that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        return import_module(package)
+    except Exception as error:  # A package that does not fit its libraries raises what it likes.
+        raise ValueError(_remedy(package, f"it cannot be imported ({_line(error)})")) from None
+
+
+def _remedy(package: str, problem: str) -> str:
+    return f'QLoRA needs {package}, but {problem}: pip install -U "{REQUIREMENTS[package]}"'
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers in a module by name, without the module itself."""
+    for name, layer in module.named_modules():
+        if name and isinstance(layer, nn.Linear):
+            yield name, layer
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern stands for a layer's whole name, or for its last parts."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def _replace(
+    module: nn.Module,
+    chosen: Callable[[nn.Module], bool],
+    make: Callable[[nn.Module], nn.Module],
+) -> None:
+    """Replaces layers one by one; no list holds on to those that are gone."""
+    for name in [name for name, layer in module.named_modules() if name and chosen(layer)]:
+        module.set_submodule(name, make(module.get_submodule(name)))
+
+
+def _quantised(linear: nn.Linear, bitsandbytes: ModuleType) -> nn.Linear:
+    """A layer of bitsandbytes with the weight of another, in 4 bits, and its very bias."""
+    quantised = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        compute_dtype=torch.float32,
+        quant_type="nf4",
+        device="meta",
+    )
+    weight = bitsandbytes.nn.Params4bit(
+        linear.weight.detach(),
+        requires_grad=False,
+        blocksize=BLOCK,
+        compress_statistics=True,
+        quant_type="nf4",
+    )
+    try:
+        quantised.weight = weight.to(linear.weight.device)  # This is what quantises it.
+    except Exception as error:  # Its library for this device may be missing, or not fit.
+        problem = f"it does not work on {linear.weight.device} ({_line(error)})"
+        raise ValueError(_remedy("bitsandbytes", problem)) from None
+    quantised.bias = linear.bias
+    # On some CPUs it would store weights anew in eval mode, in a form that cannot be trained with.
+    quantised.support_avx512bf16_for_cpu = False
+    quantised.register_forward_pre_hook(_choose_compute_type)
+    quantised.register_load_state_dict_pre_hook(_load_tables)
+    return quantised.train(linear.training)
+
+
+def _choose_compute_type(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
+    """A model is often quantised on the CPU and then moved."""
+    layer.compute_dtype = torch.bfloat16 if inputs[0].is_cuda else torch.float32
+
+
+def _load_tables(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Takes the tables of the quantisation from a state dict; PyTorch loads the weight itself."""
+    prefix = f"{prefix}weight."
+    names = [name for name in state_dict if name.startswith(prefix)]
+    if tables := {name.removeprefix(prefix): state_dict.pop(name) for name in names}:
+        state = layer.weight.quant_state
+        layer.weight.quant_state = type(state).from_dict(tables, device=layer.weight.device)
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+
+
+def _tables(state: Any) -> list[Tensor]:
+    """The tensors of bitsandbytes' state of a doubly quantised weight."""
+    return [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+
+
+def _plain(layer: nn.Linear) -> nn.Linear:
+    """A plain linear layer, frozen, in the precision from before a quantisation."""
+    weight = layer.weight.detach()
+    if _is_quantised(layer):
+        dequantise = _load("bitsandbytes").functional.dequantize_4bit
+        weight = dequantise(layer.weight.data, layer.weight.quant_state)
+    linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(weight.dtype), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def _lora_config(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Iterable[str] | None,
+) -> Any:
+    """Checks the arguments of `add_lora`, and makes peft's configuration of them."""
+    peft = _load("peft")
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: a rank of at least 1, a positive "
+            "alpha and a dropout in [0, 1) are expected"
+        )
+    if any(isinstance(layer, peft.tuners.lora.LoraLayer) for layer in module.modules()):
+        raise ValueError(f"{type(module).__name__} has LoRA adapters already: merge them first")
+    names = _target_names(module, targets)
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="|".join(rf"0\.{escape(name)}" for name in names),  # 0: see `_inject`.
+    )
+
+
+def _target_names(module: nn.Module, targets: Iterable[str] | None) -> list[str]:
+    """The names of the linear layers that targets stand for."""
+    layers = [name for name, _ in _linear_layers(module)]
+    patterns = _default_targets(module) if targets is None else tuple(targets)
+    matched = {pattern: [n for n in layers if _matches(n, pattern)] for pattern in patterns}
+    # A checkpoint need not have all that its kind may have, but what is asked for must be there.
+    vain = [pattern for pattern, names in matched.items() if not names]
+    if not any(matched.values()) or (vain and targets is not None):
+        last_parts = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+        raise ValueError(
+            f"LoRA target {', '.join(vain) or 'none'} matches no linear layer of "
+            f"{type(module).__name__}: choose among {', '.join([*last_parts][:SHOWN]) or 'none'}"
+        )
+    return [name for name in layers if any(name in names for names in matched.values())]
+
+
+def _default_targets(module: nn.Module) -> tuple[str, ...]:
+    """Targets of the models of transformers in a module, else those of the project's blocks."""
+    configs = [getattr(part, "config", None) for part in module.modules()]
+    kinds = {getattr(config, "model_type", None) for config in configs}
+    return tuple(t for kind in LORA_TARGETS if kind in kinds for t in LORA_TARGETS[kind]) or (
+        BLOCK_TARGETS
+    )
+
+
+def _inject(module: nn.Module, config: Any) -> None:
+    """Lets peft put adapters into a module.
+
+    peft looks at the outermost module for what it is and leaves its notes there, so it gets one
+    around ours. Without the mark it would take layers in 4 bits for plain ones, which it still
+    tells apart with it.
+    """
+    outermost = nn.Sequential(module)
+    outermost.is_loaded_in_4bit = True
+    _load("peft").inject_adapter_in_model(config, outermost)
+    module.train(module.training)
