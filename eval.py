@@ -4,8 +4,9 @@
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from espnet.utils.model_options import complete_model
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import complete_model, eval_parser, one_line
+from espnet.utils.options import eval_parser, one_line
 from espnet.utils.run_config import find_vocabulary, parse_eval_args
 
 
@@ -46,7 +47,7 @@ def run(args: Namespace, model_modality: str) -> None:
         build_text_transform,
         check_positions,
     )
-    from espnet.utils.checkpoint import load_weights, read_state_dict
+    from espnet.utils.checkpoint import load_model
     from espnet.utils.evaluation import conditions_of, evaluate, format_summaries
     from espnet.utils.trainer import build_trainer, set_up_logging
 
@@ -57,8 +58,7 @@ def run(args: Namespace, model_modality: str) -> None:
     data.setup("test")
     check_positions(args, data, text_transform)
     model = build_model(args, model_modality, text_transform)
-    path = Path(args.pretrained_model_path)
-    load_weights(model, read_state_dict(path), path)
+    load_model(model, args.pretrained_model_path)
     summaries = evaluate(
         build_trainer(args, model, logger=False, enable_checkpointing=False),
         build_module(args, model, text_transform),

@@ -15,12 +15,18 @@ from datamodule.text_transform import TextTransform
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.pytorch_backend.pretrained import bases, from_bases
+from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.scorers.ctc import CTCPrefixScorer
 from espnet.nets.scorers.length_bonus import LengthBonus
+from espnet.utils.checkpoint import check_bases
 from espnet.utils.evaluation import Decoded
+from espnet.utils.optimizer import build_optimizer, parameter_groups
 
 logger = logging.getLogger(__name__)
 
+TRAINING_SUMS = ("loss", "loss_ctc", "loss_att", "decoder_acc")
+COUNTS = ("bad_clips", "skipped_utterances", "short_utterances", "nonfinite_steps")
 VALIDATION_SUMS = ("loss_val", "loss_ctc_val", "loss_att_val", "decoder_acc_val")
 
 
@@ -82,7 +88,9 @@ class ModelModule(pl.LightningModule):
         model: Recogniser.
         text_transform: Its vocabulary.
         lr: Highest learning rate.
-        weight_decay: Of AdamW.
+        lr_pretrained: Highest rate of adapters and of trained pretrained parts; None: `lr`.
+        weight_decay: Of weights; norms, biases and gates have none.
+        optimizer: As for `build_optimizer`.
         warmup_epochs: Epochs in which the rate rises; it then falls to zero along a cosine.
         seed: Of dropout; each step draws from a generator that depends on the seed, the epoch,
             the batch and the process only, so that a resumed run draws what it would have drawn.
@@ -90,6 +98,11 @@ class ModelModule(pl.LightningModule):
         ctc_decode_weight: CTC's share of the search's score.
         length_bonus: Score of every token in the search.
         max_dec_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
+
+    Attributes:
+        wishes: What this process asks of all of them, 0 or 1 each; callbacks fill it in before a
+            step. It goes with a reduction that every step makes anyway.
+        agreed: In the same order, how many processes asked for it.
     """
 
     def __init__(
@@ -98,7 +111,9 @@ class ModelModule(pl.LightningModule):
         text_transform: TextTransform,
         *,
         lr: float = 1e-3,
+        lr_pretrained: float | None = None,
         weight_decay: float = 0.03,
+        optimizer: str = "adamw",
         warmup_epochs: float = 5,
         seed: int = 42,
         beam_size: int = 40,
@@ -110,7 +125,9 @@ class ModelModule(pl.LightningModule):
         self.model = model
         self.text_transform = text_transform
         self.lr = lr
+        self.lr_pretrained = lr_pretrained
         self.weight_decay = weight_decay
+        self.optimizer = optimizer
         self.warmup_epochs = warmup_epochs
         self.seed = seed
         self.beam_search = build_beam_search(
@@ -122,20 +139,25 @@ class ModelModule(pl.LightningModule):
             max_tokens=max_dec_tokens,
         )
         self.decoded: dict[int, list[Decoded]] = {}
+        self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.
+        self.wishes: list[float] = []
+        self.agreed: list[float] = []
+        self._training_sums: Tensor | None = None  # of the current epoch, until they are logged
         self._validation_sums: Tensor | None = None
         self._statistics: list[Tensor] = []
         self._utterances = 0.0  # of the current step, in all processes
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, with a rate that rises linearly and then falls along a cosine, by step."""
-        optimizer = torch.optim.AdamW(
-            self._trained_parameters(),
+        groups = parameter_groups(
+            self.model,
             lr=self.lr,
+            lr_pretrained=self.lr_pretrained,
             weight_decay=self.weight_decay,
-            betas=(0.9, 0.98),
-            # Lightning refuses to clip for a fused step in any mixed precision, bfloat16 too.
-            fused=None if "mixed" in self.trainer.precision else True,
         )
+        # Lightning refuses to clip for a fused step in any mixed precision, bfloat16 too.
+        fused = "mixed" not in self.trainer.precision
+        optimizer = build_optimizer(self.optimizer, groups, fused=fused)
         steps = self.trainer.estimated_stepping_batches
         warmup_steps = steps * self.warmup_epochs / self.trainer.max_epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -146,11 +168,18 @@ class ModelModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
-    def _trained_parameters(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+    def on_train_start(self) -> None:
+        """Takes up the sums of an epoch that was cut short."""
+        if self._training_sums is not None:
+            self._training_sums = self._training_sums.to(self.device)
+            if self.trainer.is_last_batch:  # It was cut short before its validation.
+                self._log_training_sums()
 
     def on_train_batch_start(self, batch: dict[str, Any] | None, batch_idx: int) -> None:  # noqa: ARG002
         """Seeds the step and keeps the batch statistics, in case the step must be undone."""
+        if batch_idx == 0:
+            sums = len(TRAINING_SUMS) + 1 + len(COUNTS)
+            self._training_sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
         entropy = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -161,11 +190,12 @@ class ModelModule(pl.LightningModule):
         """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
-        sizes = torch.tensor([float(size), float(size == 0)], device=self.device)
-        everywhere, empty = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
+        sizes = torch.tensor([float(size), float(size == 0), *self.wishes], device=self.device)
+        sizes = self.trainer.strategy.reduce(sizes, reduce_op="sum")
+        everywhere, empty, *self.agreed = sizes.tolist()
         self._count("skipped_utterances", size if empty else 0)
         if empty:  # Some process has bad clips only: none can compute batch statistics with it.
-            return sum(parameter.sum() * 0.0 for parameter in self._trained_parameters())
+            return sum(parameter.sum() * 0.0 for parameter in trainable_parameters(self.model))
         memory, memory_lengths = self.model.encode(*model_inputs(batch))
         loss, loss_ctc, loss_att, accuracy = self.model.losses(
             memory, memory_lengths, batch["targets"]
@@ -175,10 +205,8 @@ class ModelModule(pl.LightningModule):
             self._count("short_utterances", too_short.sum())
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
         if loss.isfinite():
-            values = {"loss": loss, "loss_ctc": loss_ctc, "loss_att": loss_att}
-            values["decoder_acc"] = accuracy
-            self.log_dict(values, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("monitoring_step", float(self.global_step), batch_size=size)
+            values = torch.stack([loss, loss_ctc, loss_att, accuracy, torch.ones_like(loss)])
+            self._training_sums[: len(values)] += values.detach() * size
         self._utterances += everywhere
         # Processes and accumulated batches are averaged after this; `configure_gradient_clipping`
         # divides by the utterances of the whole step, once they are known.
@@ -213,8 +241,43 @@ class ModelModule(pl.LightningModule):
 
     def _count(self, name: str, value: Tensor | int) -> None:
         """Adds to a count that is logged at the end of the epoch, over all processes."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.device)
-        self.log(name, value, on_step=False, on_epoch=True, reduce_fx="sum", sync_dist=True)
+        self._training_sums[len(TRAINING_SUMS) + 1 + COUNTS.index(name)] += value
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
+        """Logs what the epoch has summed up; later, callbacks would not see it at its end."""
+        if self.trainer.is_last_batch:
+            self._log_training_sums()
+
+    def _log_training_sums(self) -> None:
+        """Logs means over the utterances, and counts, of all processes."""
+        sums = self.trainer.strategy.reduce(self._training_sums, reduce_op="sum").tolist()
+        self._training_sums = None
+        *means, utterances = sums[: len(TRAINING_SUMS) + 1]
+        values = dict(zip(COUNTS, sums[len(TRAINING_SUMS) + 1 :], strict=True))
+        if utterances:
+            values |= {n: v / utterances for n, v in zip(TRAINING_SUMS, means, strict=True)}
+        if self.model.ctc is None:
+            del values["short_utterances"]
+        values["monitoring_step"] = float(self.global_step)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out what loading the model's bases brings back, and names them."""
+        if self._training_sums is not None:  # in the middle of an epoch
+            sums = self._training_sums.clone()  # The reduction may be in place.
+            checkpoint["training_sums"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
+        if found := bases(self.model):
+            left_out = {f"model.{name}" for name in from_bases(self.model)}
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in left_out}
+            checkpoint["bases"] = {part: vars(base) for part, base in found.items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of a model on other bases."""
+        check_bases(self.model, checkpoint, "to resume from")
+        self._training_sums = checkpoint.get("training_sums")
+        if self._training_sums is not None and self.global_rank > 0:
+            self._training_sums.zero_()  # They are those of all processes.
 
     def on_validation_epoch_start(self) -> None:
         """Begins new sums."""

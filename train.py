@@ -5,14 +5,15 @@ import os
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from espnet.nets.encoders import resolve_encoders
+from espnet.utils.model_options import complete_model
 from espnet.utils.option_checks import training_problems
 from espnet.utils.options import (
     DEFAULT_LIST,
-    complete_model,
     demo_options,
     one_line,
     train_parser,
@@ -77,7 +78,6 @@ def run(args: Namespace) -> None:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
     """
     import pytorch_lightning as pl
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from espnet.utils.building import (
         build_data,
@@ -86,7 +86,9 @@ def run(args: Namespace) -> None:
         build_text_transform,
         check_positions,
     )
-    from espnet.utils.checkpoint import load_weights, read_state_dict, transfer_weights
+    from espnet.utils.checkpoint import load_model, transfer_weights
+    from espnet.utils.checkpoint_io import remove_unfinished, whole_file
+    from espnet.utils.interruption import ending_together
     from espnet.utils.trainer import package_versions, parameter_count, set_up_logging
 
     set_up_logging(debug=args.debug)
@@ -113,21 +115,60 @@ def run(args: Namespace) -> None:
     trainer = make_trainer(args, model, run_dir)
     if trainer.is_global_zero and not args.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(args, run_dir / "config.yaml", package_versions())
+        remove_unfinished(run_dir)
+        with whole_file(run_dir / "config.yaml") as unfinished:
+            save_config(args, unfinished, package_versions())
         print(f"Training {parameter_count(model)} ({args.modality}) in {run_dir}")
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    except MisconfigurationException as error:
-        raise ValueError(f"Lightning refuses the options: {one_line(error)}") from None
-    if args.fast_dev_run or trainer.interrupted:
-        return
-    average = run_dir / f"model_avg_{args.average_epochs}.pth"
-    files = [average, *average_and_plot(trainer, run_dir, average)]
-    if args.test_file:
-        load_weights(module.model, read_state_dict(average), average)
-        files += score(args, trainer, module, data, run_dir / "test")
+    with ending_together(trainer):
+        fit(args, trainer, module, data, resume)
+        if args.fast_dev_run or trainer.interrupted:
+            return
+        average = run_dir / f"model_avg_{args.average_epochs}.pth"
+        files = [average, *average_and_plot(trainer, run_dir, average)]
+        if args.test_file:
+            load_model(module.model, average)
+            files += score(args, trainer, module, data, run_dir / "test")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
+
+
+def fit(
+    args: Namespace,
+    trainer: "pl.Trainer",
+    module: "pl.LightningModule",
+    data: "DataModule",
+    resume: str | None,
+) -> None:
+    """Trains; a signal ends the process once its state is saved.
+
+    Args:
+        args: Options.
+        trainer: Of the run.
+        module: What is trained.
+        data: Data of the run.
+        resume: Checkpoint to resume from.
+
+    Raises:
+        ValueError: If Lightning refuses the options, or the memory does not suffice.
+    """
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+    from espnet.utils.failed_batch import FailedBatch
+    from espnet.utils.interruption import Interrupted, Interruption, exit_interrupted
+
+    of_type = {type(callback): callback for callback in trainer.callbacks}
+    interruption = of_type.get(Interruption)
+    try:
+        with interruption.listening() if interruption else nullcontext():
+            trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    except Interrupted as stop:
+        exit_interrupted(stop, is_first=trainer.is_global_zero)
+    except MisconfigurationException as error:
+        raise ValueError(f"Lightning refuses the options: {one_line(error)}") from None
+    except (RuntimeError, MemoryError) as error:
+        if (remedy := of_type[FailedBatch].remedy(error, args)) is None:
+            raise
+        raise ValueError(remedy) from error
 
 
 def resume_path(args: Namespace, run_dir: Path) -> str | None:
@@ -148,14 +189,14 @@ def check_resumable(path: str, model: "E2E") -> None:
     Raises:
         ValueError: If it cannot be read, holds weights only, or does not fit the model.
     """
-    from espnet.utils.checkpoint import load_weights, read_checkpoint, read_state_dict
+    from espnet.utils.checkpoint import load_model, read_checkpoint
 
     if "optimizer_states" not in read_checkpoint(path):
         raise ValueError(
             f"--ckpt-path {path} holds weights only, a checkpoint of a run (.ckpt) is expected: to "
             "start from weights, use --pretrained-model-path"
         )
-    load_weights(model, read_state_dict(path), path)
+    load_model(model, path)
 
 
 def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
@@ -169,30 +210,12 @@ def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
     Returns:
         The trainer.
     """
-    from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+    from pytorch_lightning.callbacks import LearningRateMonitor
 
-    from espnet.utils.callbacks import MetricsTable, ProgressLines
+    from espnet.utils.checkpoint_io import WholeFileCheckpointIO
     from espnet.utils.trainer import build_logger, build_trainer
 
-    callbacks = []
-    if not args.fast_dev_run:
-        callbacks += [
-            ModelCheckpoint(
-                run_dir,
-                monitor="monitoring_step",
-                mode="max",
-                filename="{epoch}",
-                save_top_k=args.average_epochs,
-                save_last=True,
-                enable_version_counter=False,
-            ),
-            ModelCheckpoint(
-                run_dir, monitor="loss_val", filename="best", enable_version_counter=False
-            ),
-            MetricsTable(run_dir / "metrics.csv"),
-        ]
-    if not sys.stderr.isatty():
-        callbacks.append(ProgressLines())
+    callbacks = make_callbacks(args, run_dir)
     logger = build_logger("none" if args.fast_dev_run else args.logger, run_dir, args.group_name)
     if logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
@@ -200,6 +223,7 @@ def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
         args,
         model,
         callbacks=callbacks,
+        plugins=[WholeFileCheckpointIO()],
         logger=logger,
         enable_checkpointing=not args.fast_dev_run,
         max_epochs=args.max_epochs,
@@ -209,6 +233,48 @@ def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
         overfit_batches=args.overfit_batches,
         default_root_dir=run_dir,
     )
+
+
+def make_callbacks(args: Namespace, run_dir: Path) -> list["pl.Callback"]:
+    """Makes what a run does beside training.
+
+    Args:
+        args: Options.
+        run_dir: Folder of the run.
+
+    Returns:
+        Callbacks, in the order that they need.
+    """
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    from espnet.utils.callbacks import MetricsTable, ProgressLines
+    from espnet.utils.failed_batch import FailedBatch
+    from espnet.utils.interruption import Interruption
+    from espnet.utils.probe import ProbeBatch
+
+    failed = FailedBatch(None if args.fast_dev_run else run_dir)
+    callbacks = [failed]
+    if args.probe_batch:
+        callbacks.append(ProbeBatch(failed))
+    if not sys.stderr.isatty():
+        callbacks.append(ProgressLines())
+    if args.fast_dev_run:
+        return callbacks
+    # At an epoch's end after all others, and last.ckpt as the last of them: a run that is killed in
+    # between makes the epoch again, and all that belongs to it.
+    always = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    best = ModelCheckpoint(run_dir, monitor="loss_val", filename="best", **always)
+    epochs = ModelCheckpoint(
+        run_dir,
+        monitor="monitoring_step",
+        mode="max",
+        filename="{epoch}",
+        save_top_k=args.average_epochs,
+        save_last=True,
+        **always,
+    )
+    interruption = Interruption(run_dir / "last.ckpt", args.save_minutes)
+    return [*callbacks, MetricsTable(run_dir / "metrics.csv"), interruption, best, epochs]
 
 
 def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> list[Path]:
@@ -222,17 +288,17 @@ def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> lis
     Returns:
         The other files of the run.
     """
-    import torch
-
     from espnet.utils.checkpoint import average_checkpoints
+    from espnet.utils.checkpoint_io import save_whole
     from espnet.utils.report import plot_learning_curve
 
     curve = run_dir / "learning_curve.png"
-    saved = trainer.checkpoint_callback.best_k_models  # path -> step
+    _, of_epochs = trainer.checkpoint_callbacks
+    saved = of_epochs.best_k_models  # path -> step
     epochs = sorted(map(Path, saved), key=lambda path: saved[str(path)])
     epochs = epochs or [run_dir / "last.ckpt"]  # A finished run that was moved and resumed.
     if trainer.is_global_zero:
-        torch.save(average_checkpoints(epochs), average)
+        save_whole(average_checkpoints(epochs), average)
         plot_learning_curve(run_dir / "metrics.csv", curve)
     trainer.strategy.barrier()
     others = ("last.ckpt", "best.ckpt", "config.yaml", "metrics.csv")

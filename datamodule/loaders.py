@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 IGNORE_ID = -1
 STREAMS = ("video", "audio")
+STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what ends a run; the second is SLURM's
 
 Item = dict[str, Any]
 
@@ -70,7 +74,7 @@ class ClipLoader(DataLoader):
             num_workers=num_workers,
             persistent_workers=persistent_workers and num_workers > 0,
             collate_fn=_collate_or_error,
-            worker_init_fn=_use_one_thread,
+            worker_init_fn=_prepare_worker,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -79,6 +83,17 @@ class ClipLoader(DataLoader):
             if isinstance(batch, ValueError):
                 raise batch
             yield batch
+
+    def load(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+        """Load a batch of one's own choice, in this process.
+
+        Args:
+            keys: Those of its utterances, as a batch sampler gives them.
+        """
+        batch = self.collate_fn([self.dataset[key] for key in keys])
+        if isinstance(batch, ValueError):
+            raise batch
+        return batch
 
 
 class ResumableLoader(ClipLoader):
@@ -131,5 +146,19 @@ def _collate_or_error(items: list[Item | ValueError | None]) -> dict[str, Any] |
     return collate_pad(items)
 
 
-def _use_one_thread(_: int) -> None:
+def _prepare_worker(_: int) -> None:
+    """Leave the cores to the other workers, and leave it to the parent when to end.
+
+    A signal may reach all processes of a run. The parent then saves, which takes until its step is
+    over, and a worker that had ended by then would take it down.
+    """
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
+    threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """Obey those signals that come from the parent."""
+    while signal.sigwaitinfo(STOPPING_SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)

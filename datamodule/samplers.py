@@ -61,7 +61,8 @@ class LengthBucketBatchSampler(Sampler[Batch]):
         self._indices, lengths = indices[order], lengths[order]
         self._buckets = _assign_buckets(lengths, max_frames, num_buckets)
         last_of_bucket = np.searchsorted(self._buckets, self._buckets, side="right") - 1
-        cuts = _cut_ascending(lengths[last_of_bucket], max_frames)
+        self._longest = lengths[last_of_bucket]  # of the bucket of each utterance
+        cuts = _cut_ascending(self._longest, max_frames)
         self._cuts = _split_evenly(cuts, world_size)  # (batches, 2), positions in the sorted order
         self._seed = seed
         self._redraw = redraw
@@ -84,6 +85,31 @@ class LengthBucketBatchSampler(Sampler[Batch]):
         """
         self.epoch = epoch
         self.start_batch = start_batch
+
+    def largest_batches(self) -> list[Batch]:
+        """Return the batches that need the most memory, as the least lucky draw would fill them.
+
+        Returns:
+            This process's batch of the step in which one has the most frames, padding included,
+            and, if that is another step, of the one in which frames times the longest utterance
+            are most: attention takes memory for these.
+        """
+        begins, ends = self._cuts.T
+        longest = self._longest[np.maximum(ends - 1, 0)]
+        frames = (ends - begins) * longest  # (batches,)
+        per_step = np.stack([frames, frames * longest]).reshape(2, -1, self._world_size).max(2)
+        steps = dict.fromkeys(per_step.argmax(1).tolist())
+        return [self._longest_of(*self._cuts[s * self._world_size + self._rank]) for s in steps]
+
+    def _longest_of(self, begin: int, end: int) -> Batch:
+        """Fill the batch [begin, end) with the longest utterances of its buckets."""
+        batch = []
+        for bucket, count in zip(
+            *np.unique(self._buckets[begin:end], return_counts=True), strict=True
+        ):
+            after = np.searchsorted(self._buckets, bucket, side="right")
+            batch += self._indices[after - count : after].tolist()
+        return [(index, 0) for index in batch]
 
     def __len__(self) -> int:
         """Count the batches of a whole epoch on this process."""

@@ -141,6 +141,37 @@ def test_training_logs_what_it_says(module, data):
     torch.testing.assert_close(metrics["loss_val"], mixed, rtol=1e-5, atol=1e-5)
 
 
+def test_training_figures_are_means_over_the_utterances_of_the_epoch(module, data):
+    """Of all its batches, whatever their sizes, and of no other epoch."""
+    data.max_frames = 250
+    sums = []
+
+    class Collect(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            size = len(batch["indices"])
+            sums.append((trainer.current_epoch, size, size * trainer.callback_metrics["loss_step"]))
+
+    metrics = fit(module, data, callbacks=[Collect()], max_epochs=2).callback_metrics
+    last = [(size, total) for epoch, size, total in sums if epoch == 1]
+    assert len({size for size, _ in last}) > 1
+    expected = sum(total for _, total in last) / sum(size for size, _ in last)
+    torch.testing.assert_close(metrics["loss"], expected)
+
+
+def test_processes_tell_each_other_what_they_want(module, data):
+    found = []
+
+    class Ask(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            module.wishes = [0.0, float(batch_idx == 1)]
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            found.append(module.agreed)
+
+    fit(module, data, callbacks=[Ask()])
+    assert found[:2] == [[0.0, 0.0], [0.0, 1.0]]
+
+
 def test_validation_is_the_mean_over_utterances_however_they_are_batched(module, data):
     results = []
     for max_frames in (300, 80):

@@ -10,6 +10,7 @@ import eval as evaluation
 import train
 from datamodule import demo_corpus, train_tokenizer
 from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS, pretrained_of
+from espnet.utils import export
 from espnet.utils import tiny_checkpoints as tiny_checkpoints_module
 from espnet.utils.options import eval_parser, train_parser
 
@@ -125,8 +126,27 @@ def test_commands_with_tiny_checkpoints(in_folder, tiny_checkpoints, corpus, mon
     train.main([*words, "--fast-dev-run", "--num-workers", "0"])
 
 
+def test_export_command(in_folder, tiny_checkpoints, corpus, monkeypatch):
+    """Of the run of the command with QLoRA, on the small corpus."""
+    monkeypatch.setattr(demo_corpus, "make_demo_corpus", lambda root_dir: None)  # noqa: ARG005
+    (in_folder / "demo_corpus").symlink_to(corpus)
+    (in_folder / "tiny").symlink_to(tiny_checkpoints)
+    (words,) = [words for words in TINY if "--use-qlora" in words]
+    assert words[words.index("--exp-name") + 1] == "qlora"
+    small = "--adim 16 --aheads 2 --eunits 16 --elayers 1 --num-workers 0 --decode-snr-target 0"
+    train.main([*words, *small.split(), "--modality-dropout", "0", "0", "--max-dec-tokens", "3"])
+    export.main(command("python -m espnet.utils.export")[3:])
+    assert (in_folder / "exported/model.pth").is_file()
+    assert (in_folder / "exported/decoder/config.json").is_file()
+
+
 @pytest.mark.parametrize(
-    "start", ["python train.py --exp-name clip", "python train.py --exp-name l"]
+    "start",
+    [
+        "python train.py --exp-name clip",
+        "python train.py --exp-name large",
+        "python train.py --exp-name qlora_8b",
+    ],
 )
 @pytest.mark.usefixtures("in_folder")
 def test_commands_with_published_checkpoints_parse(start):

@@ -53,19 +53,34 @@ def test_config_names_what_followed_from_the_flags(run_dir, tiny_checkpoints):
     assert "transformers" in config["versions"]
 
 
-def test_frozen_encoders_stay_and_leave_no_optimiser_state(run_dir, tiny_checkpoints):
-    from transformers import CLIPVisionModel
-
-    state = read_state_dict(run_dir / "last.ckpt")
-    prefix = "video_frontend.backbone."
-    backbone = CLIPVisionModel.from_pretrained(tiny_checkpoints / "clip").state_dict()
-    for name, value in backbone.items():
-        torch.testing.assert_close(state[prefix + name], value, rtol=0, atol=0)
+def test_checkpoints_hold_what_is_trained_and_name_the_rest(run_dir, tiny_checkpoints):
+    for name in ("last.ckpt", "epoch=0.ckpt", "model_avg_10.pth"):
+        state = read_state_dict(run_dir / name)
+        assert not any(".backbone." in entry for entry in state)
+        assert not any("encoder.encoders" in entry for entry in state)  # --elayers 0
+        bases = torch.load(run_dir / name, weights_only=True)["bases"]
+        assert {part: base["name"] for part, base in bases.items()} == {
+            "video_frontend.backbone": str(tiny_checkpoints.resolve() / "clip"),
+            "audio_frontend.backbone": str(tiny_checkpoints.resolve() / "whisper"),
+        }
+        assert all(re.fullmatch("[0-9a-f]{16}", base["fingerprint"]) for base in bases.values())
     content = torch.load(run_dir / "last.ckpt", weights_only=True)
     (optimizer,) = content["optimizer_states"]
-    trained = [name for name in state if ".backbone." not in name]
-    assert len(optimizer["state"]) == len(trained)
-    assert not any("encoder.encoders" in name for name in trained)  # --elayers 0
+    assert len(optimizer["state"]) == len(content["state_dict"])  # There are no buffers.
+    grouped = [index for group in optimizer["param_groups"] for index in group["params"]]
+    assert sorted(grouped) == sorted(optimizer["state"])
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.03, 0.0}
+
+
+def test_unfrozen_layers_are_in_checkpoints(arguments):
+    more = ["--unfreeze-last-layers", "1", "--max-epochs", "1"]
+    train.main(arguments("unfrozen", "clip", None, *more))
+    state = read_state_dict(arguments.exp_dir / "unfrozen/last.ckpt")
+    found = {name for name in state if ".backbone." in name}
+    prefix = "video_frontend.backbone."
+    assert len(found) == 18
+    layer, norm = f"{prefix}encoder.layers.1.", f"{prefix}post_layernorm."
+    assert all(name.startswith((layer, norm)) for name in found)
 
 
 @pytest.mark.parametrize("modality", ["audiovisual", "audio", "video"])
@@ -303,3 +318,8 @@ def test_mistakes_about_decoders_are_one_line(
     error = error_of(capsys, train, with_decoder("mistake", decoder, *options))
     assert re.search(message, error), error
     assert not (Path(with_decoder("x", "llama")[1]) / "mistake").exists()
+
+
+def test_a_prompt_without_a_prefix_is_refused(with_decoder, capsys):
+    error = error_of(capsys, train, with_decoder("prompt", "llama", "--llama-prompt", "Write."))
+    assert "--llama-prompt needs --decoder llama --llama-conditioning prefix" in error

@@ -124,6 +124,18 @@ def decoder_problems(modality: str, options: DecoderOptions) -> list[str]:
             f"--llama-conditioning {options.llama_conditioning}: choose "
             f"{' or '.join(LLAMA_CONDITIONINGS)}"
         )
+    prefix = name == "llama" and options.llama_conditioning == "prefix"
+    usual = DecoderOptions()
+    if options.llama_downsample != usual.llama_downsample and not prefix:
+        problems.append(
+            f"--llama-downsample {options.llama_downsample} needs --decoder llama "
+            "--llama-conditioning prefix"
+        )
+    if options.llama_cross_every != usual.llama_cross_every and (name != "llama" or prefix):
+        problems.append(
+            f"--llama-cross-every {options.llama_cross_every} needs --decoder llama "
+            "--llama-conditioning cross-attention"
+        )
     if options.decoder_dtype == "bfloat16" and not options.resolved().freeze_decoder:
         problems.append(
             "--decoder-dtype bfloat16 needs a frozen decoder: its updates would be rounded away"

@@ -176,6 +176,10 @@ def encoder_problems(modality: str, options: EncoderOptions) -> list[str]:
         )
     if options.vision_pooling not in POOLINGS:
         problems.append(f"--vision-pooling {options.vision_pooling}: choose cls or mean")
+    elif options.vision_pooling != "cls" and not used & pretrained_of(VISION_ENCODERS):
+        problems.append(
+            f"--vision-pooling {options.vision_pooling} needs --vision-encoder vit or clip"
+        )
     if options.whisper_pad_30s and "whisper" not in used:
         problems.append("--whisper-pad-30s needs --audio-encoder whisper")
     if options.frame_rate not in FRAME_RATES:

@@ -16,7 +16,8 @@ from datamodule.text_transform import TextTransform
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import AUDIO_ENCODERS, STREAMS, EncoderChoice
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
-from espnet.utils.options import CLEAN_SNR, model_options
+from espnet.utils.model_options import model_options
+from espnet.utils.options import CLEAN_SNR
 from lightning import ModelModule
 
 AnyTextTransform = TextTransform | PretrainedTextTransform
@@ -158,7 +159,9 @@ def build_module(args: Namespace, model: E2E, text_transform: AnyTextTransform) 
         model,
         text_transform,
         lr=args.lr,
+        lr_pretrained=args.lr_pretrained,
         weight_decay=args.weight_decay,
+        optimizer=args.optimizer,
         warmup_epochs=args.warmup_epochs,
         seed=args.seed,
         beam_size=args.beam_size,

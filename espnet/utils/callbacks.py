@@ -8,6 +8,8 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 
+from espnet.utils.checkpoint_io import whole_file, write_errors
+
 COLUMNS = {
     "epoch": None,
     "step": None,
@@ -45,7 +47,7 @@ class MetricsTable(pl.Callback):
         """Keeps the rows of the steps that lie behind."""
         rows = [row for row in read_metrics(self.path) if int(row["step"]) <= trainer.global_step]
         self.start = time.time() - (float(rows[-1]["seconds"]) if rows else 0.0)
-        with self.path.open("w", newline="") as file:
+        with whole_file(self.path) as unfinished, unfinished.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -63,7 +65,7 @@ class MetricsTable(pl.Callback):
         row["step"] = trainer.global_step
         row["seconds"] = f"{time.time() - self.start:.1f}"
         row["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"
-        with self.path.open("a", newline="") as file:
+        with write_errors(self.path), self.path.open("a", newline="") as file:
             csv.DictWriter(file, list(COLUMNS), lineterminator="\n").writerow(row)
 
 
@@ -78,8 +80,9 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
     """
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    lines = path.read_text().splitlines(keepends=True)
+    # A process that was killed may have left the last line unfinished.
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))
 
 
 class ProgressLines(pl.Callback):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from espnet.nets.pytorch_backend.e2e_asr_conformer import rename_single_frontend
+from espnet.nets.pytorch_backend.pretrained import bases, from_bases
+from espnet.nets.pytorch_backend.qlora_utils import adapter_names, plain_shapes, to_adapted_names
 
 BARE_FRONTEND = ("trunk.", "frontend3D.")  # names in word-classification checkpoints
 SHOWN = 3  # mismatches that an error names
@@ -64,7 +66,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: As `read_checkpoint`, or if there are no weights.
     """
-    content = read_checkpoint(path)
+    return _state_dict(read_checkpoint(path), path)
+
+
+def _state_dict(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
     state = content.get("state_dict", content.get("model_state_dict", content))
     if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
         raise ValueError(f"checkpoint {path} holds no weights by name: a state dict is expected")
@@ -85,24 +90,91 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def trained_content(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint holds of a model: its weights but those that its bases bring back.
+
+    Args:
+        model: Recogniser.
+
+    Returns:
+        A plain state dict; for a model with pretrained parts `model_state_dict`, the weights, and
+        `bases`, the name and fingerprint of what each part was loaded from.
+    """
+    left_out = from_bases(model)
+    state = {name: value for name, value in model.state_dict().items() if name not in left_out}
+    found = {part: vars(base) for part, base in bases(model).items()}
+    return {"model_state_dict": state, "bases": found} if found else state
+
+
+def load_model(model: nn.Module, path: str | Path) -> None:
+    """Loads a checkpoint of the whole model.
+
+    Args:
+        model: Recogniser to fill.
+        path: Checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases.
+    """
+    content = read_checkpoint(path)
+    check_bases(model, content, path)
+    load_weights(model, _state_dict(content, path), path)
+
+
+def check_bases(model: nn.Module, content: Mapping[str, Any], source: str | Path) -> None:
+    """Makes sure that a checkpoint was trained on what the model's parts were loaded from.
+
+    Args:
+        model: Recogniser.
+        content: Of the checkpoint; one that holds all weights itself names no bases.
+        source: What the error calls it.
+
+    Raises:
+        ValueError: If a part was loaded from something else.
+    """
+    recorded = content.get("bases", {})
+    for part, base in bases(model).items():
+        trained = recorded.get(part)
+        if trained is not None and trained["fingerprint"] != base.fingerprint:
+            raise ValueError(
+                f"checkpoint {source} was trained on {trained['name']} (fingerprint "
+                f"{trained['fingerprint']}) as {part}, but the model has {base.name} (fingerprint "
+                f"{base.fingerprint}): give the one that it was trained on"
+            )
+
+
+def load_weights(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    source: str | Path,
+    *,
+    optional: frozenset[str] | set[str] = frozenset(),
+) -> None:
     """Loads weights that must fit the module exactly.
 
     Args:
         module: Module to fill.
-        state: Weights by name.
+        state: Weights by name; those that its bases bring back may be absent.
         source: What the error calls their origin.
+        optional: Names that may be absent too.
 
     Raises:
         ValueError: If names or shapes differ; the first few are named.
     """
     own = module.state_dict()
+    # The text among the tables of a weight in 4 bits is as long as its numbers happen to be.
+    shapes = {n: value.shape for n, value in own.items() if ".weight.quant_state." not in n}
+    # Weights in 4 bits take plain ones too, which are quantised then.
+    plain = {name: s for name, s in plain_shapes(module).items() if name in state}
+    shapes |= {name: s for name, s in plain.items() if state[name].is_floating_point()}
+    left_out = {*optional, *from_bases(module)}
+    left_out |= {name for name in own if name.startswith(tuple(f"{name}." for name in plain))}
     problems = [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} is {tuple(state[name].shape)}, not {tuple(shape)}"
+        for name, shape in shapes.items()
+        if name in state and state[name].shape != shape
     ]
-    problems += [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is missing" for name in own if name not in state and name not in left_out]
     problems += [f"{name} is unknown" for name in state if name not in own]
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
@@ -110,7 +182,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path
             f"checkpoint {source} does not fit the model: {'; '.join(problems[:SHOWN])}{more}: "
             "give the model options and the vocabulary that it was trained with"
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state, strict=False)  # What may be absent is known by now.
 
 
 def transfer_weights(
@@ -127,9 +199,13 @@ def transfer_weights(
     Raises:
         ValueError: If the checkpoint cannot be read, does not fit, or lacks the part.
     """
-    state = read_state_dict(path)
+    content = read_checkpoint(path)
+    state = to_adapted_names(model, _state_dict(content, path))
+    recorded = content.get("bases", {})
+    optional = adapter_names(model) | _brought_back(model, recorded)
     if not frontend and not encoder:
-        load_weights(model, state, path)
+        check_bases(model, content, path)
+        load_weights(model, state, path, optional=optional)
         return
     parts = ["video_frontend", "audio_frontend"] * frontend + ["encoder"] * encoder
     loaded = []
@@ -138,7 +214,10 @@ def transfer_weights(
         weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         module = getattr(model, part, None)
         if weights and module is not None:
-            load_weights(module, weights, path)
+            of_part = {name: base for name, base in recorded.items() if name.startswith(prefix)}
+            check_bases(model, {"bases": of_part}, path)
+            absent = {n.removeprefix(prefix) for n in optional if n.startswith(prefix)}
+            load_weights(module, weights, path, optional=absent)
             loaded.append(part)
     if (frontend and loaded in ([], ["encoder"])) or (encoder and "encoder" not in loaded):
         raise ValueError(
@@ -148,19 +227,26 @@ def transfer_weights(
     logger.info("Loaded %s from %s", ", ".join(loaded), path)
 
 
-def average_checkpoints(paths: list[Path]) -> dict[str, Tensor]:
+def _brought_back(model: nn.Module, recorded: Mapping[str, Any]) -> set[str]:
+    """Names of weights that a checkpoint may lack: its bases have them, trained here or not."""
+    prefixes = tuple(f"{part}." for part in recorded)
+    return {name for name in model.state_dict() if name.startswith(prefixes)}
+
+
+def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
     """Averages the weights of several epochs; counters are those of the last.
 
     Args:
         paths: Checkpoints of one run, oldest first, at least one.
 
     Returns:
-        State dict of the model.
+        What `trained_content` would give for a model with these weights.
 
     Raises:
         ValueError: If a checkpoint cannot be read.
     """
-    state = read_state_dict(paths[-1])
+    content = read_checkpoint(paths[-1])
+    state = _state_dict(content, paths[-1])
     total = {name: value.double() for name, value in state.items() if value.is_floating_point()}
     for path in paths[:-1]:
         other = read_state_dict(path)
@@ -168,4 +254,4 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Tensor]:
             total[name] += other[name]
     for name, value in total.items():
         state[name] = (value / len(paths)).to(state[name].dtype)
-    return state
+    return {"model_state_dict": state, "bases": content["bases"]} if "bases" in content else state

@@ -3,9 +3,15 @@
 from argparse import Namespace
 from pathlib import Path
 
+from espnet.nets.adaptation import INSTALLED, adaptation_problems, install_command
 from espnet.nets.decoders import DECODERS, decoder_problems
 from espnet.nets.encoders import encoder_problems
-from espnet.utils.options import decoder_options, encoder_options
+from espnet.utils.model_options import (
+    LLAMA_PROMPT,
+    adaptation_options,
+    decoder_options,
+    encoder_options,
+)
 
 
 def training_problems(args: Namespace) -> list[str]:
@@ -38,6 +44,12 @@ def training_problems(args: Namespace) -> list[str]:
         problems.append(f"--pretrained-model-path {args.pretrained_model_path} does not exist")
     if args.ckpt_path not in (None, "last") and not Path(args.ckpt_path).is_file():
         problems.append(f"--ckpt-path {args.ckpt_path} does not exist: give a file, or 'last'")
+    problems += _adaptation_source_problems(args)
+    if args.optimizer == "adamw8bit" and "bitsandbytes" not in INSTALLED:
+        problems.append(
+            "--optimizer adamw8bit needs bitsandbytes, but it is not installed: "
+            f"{install_command('bitsandbytes')}"
+        )
     if args.warmup_epochs > args.max_epochs:
         problems.append(
             f"--warmup-epochs {args.warmup_epochs:g} is more than --max-epochs {args.max_epochs}: "
@@ -96,11 +108,33 @@ def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:
     ]
 
 
+def _adaptation_source_problems(args: Namespace) -> list[str]:
+    """Adapters on weights that are random and stay so would learn next to nothing."""
+    if args.ckpt_path or not adaptation_options(args).enabled:
+        return []
+    own = {"encoder"} if DECODERS[args.decoder].pretrained else {"encoder", "decoder"}
+    if args.pretrained_model_path and not args.transfer_frontend and not args.transfer_encoder:
+        return []
+    if args.pretrained_model_path and args.transfer_encoder:
+        own.remove("encoder")
+    own = [part for part in args.qlora_parts or () if part in own]
+    return [
+        f"--qlora-parts {part} freezes weights that are random: give the checkpoint that they come "
+        "from, --pretrained-model-path"
+        for part in own
+    ]
+
+
 def _model_problems(args: Namespace, modality: str | None) -> list[str]:
     problems = []
     if modality:
-        problems += encoder_problems(modality, encoder_options(args))
-        problems += decoder_problems(modality, decoder_options(args))
+        of_encoders, of_decoder = encoder_options(args), decoder_options(args)
+        problems += encoder_problems(modality, of_encoders)
+        problems += decoder_problems(modality, of_decoder)
+    if modality and not problems:
+        of_encoders, of_decoder = of_encoders.resolved(modality), of_decoder.resolved()
+        adaptation = adaptation_options(args)
+        problems += adaptation_problems(adaptation, of_encoders, of_decoder, args.elayers)
     choice = DECODERS[args.decoder]
     ctc_weight = choice.ctc_weight if args.ctc_weight is None else args.ctc_weight
     if args.ctc_decode_weight and not ctc_weight:
@@ -108,8 +142,11 @@ def _model_problems(args: Namespace, modality: str | None) -> list[str]:
             f"--ctc-decode-weight {args.ctc_decode_weight:g}, but a model of --ctc-weight 0 has no "
             "CTC layer: leave it out, or train with CTC"
         )
-    if args.llama_conditioning == "prefix" and args.decoder != "llama":
+    has_prefix = args.llama_conditioning == "prefix"
+    if has_prefix and args.decoder != "llama":
         problems.append("--llama-conditioning prefix needs --decoder llama")
+    if args.llama_prompt != LLAMA_PROMPT and (args.decoder != "llama" or not has_prefix):
+        problems.append("--llama-prompt needs --decoder llama --llama-conditioning prefix")
     if args.whisper_language and args.decoder != "whisper":
         problems.append(f"--whisper-language {args.whisper_language} needs --decoder whisper")
     if args.whisper_task != "transcribe" and args.decoder != "whisper":

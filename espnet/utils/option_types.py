@@ -52,6 +52,14 @@ def probability(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """Parses a number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ArgumentTypeError(f"{value} is out of range: a number in [0, 1) is expected")
+    return value
+
+
 def batches(text: str) -> int | float:
     """Parses a number of batches (`4`, `0`) or a share of them (`0.1`)."""
     return natural(text) if text.isdigit() else probability(text)

@@ -8,13 +8,20 @@ import yaml
 
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import resolve_encoders
-from espnet.utils.options import (
-    add_data_options,
+from espnet.utils.model_options import (
+    add_adaptation_options,
     add_decoder_options,
-    add_decoding_options,
     add_encoder_options,
     add_model_options,
-    train_parser,
+)
+from espnet.utils.options import add_data_options, add_decoding_options, train_parser
+
+PATHS = (
+    "vision_encoder_name",
+    "audio_encoder_name",
+    "decoder_name",
+    "sp_model_path",
+    "dict_path",
 )
 
 
@@ -34,8 +41,8 @@ def parse_eval_args(
         Options, and the modality that the model was trained for, None if nothing tells.
     """
     inherited = ArgumentParser()
-    groups = (add_encoder_options, add_model_options, add_decoder_options, add_decoding_options)
-    for add in groups:
+    groups = (add_encoder_options, add_model_options, add_decoder_options, add_adaptation_options)
+    for add in (*groups, add_decoding_options):
         add(inherited)
     add_data_options(inherited, training=True)
     names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
@@ -45,6 +52,10 @@ def parse_eval_args(
     except ValueError as error:
         parser.error(str(error))
     run = {name: value for name, value in config.items() if name in names and value is not None}
+    for name in PATHS:  # Those of an exported model are relative to its folder.
+        beside = Path(given.pretrained_model_path).parent / str(run.get(name))
+        if name in run and beside.exists():
+            run[name] = str(beside.resolve())
     if given.sp_model_path:  # The run's units belong to its own model.
         run.pop("dict_path", None)
     for name in ("sp_model_path", "dict_path", "noise_file"):  # The run may come from elsewhere.

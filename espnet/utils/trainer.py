@@ -17,6 +17,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from espnet.nets.adaptation import INSTALLED, REQUIREMENTS
+from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
 
 PACKAGES = (
@@ -24,6 +26,8 @@ PACKAGES = (
     "torchaudio",
     "pytorch-lightning",
     "transformers",
+    "peft",
+    "bitsandbytes",
     "numpy",
     "sentencepiece",
     "av",
@@ -123,16 +127,16 @@ def build_logger(name: str, run_dir: Path, group: str | None) -> Logger | bool:
 
 def parameter_count(model: nn.Module) -> str:
     """How many parameters are trained, and of how many, in words."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    of_all = "" if trained == total else f" of {total / 1e6:.2f}"
-    return f"{trained / 1e6:.2f}{of_all} M parameters"
+    report = parameter_report(model)
+    of_all = "" if report.trainable == report.total else f" of {report.total / 1e6:.2f}"
+    return f"{report.trainable / 1e6:.2f}{of_all} M parameters"
 
 
 def package_versions() -> dict[str, str]:
     """Versions of what computes: Python and the packages, and the GPU if there is one."""
     versions = {"python": platform.python_version()}
-    versions |= {name: version(name) for name in PACKAGES}
+    missing = REQUIREMENTS.keys() - INSTALLED  # which only adapters need
+    versions |= {name: version(name) for name in PACKAGES if name not in missing}
     if torch.cuda.is_available():
         versions["gpu"] = torch.cuda.get_device_name()
     return versions
@@ -153,6 +157,8 @@ def set_up_logging(*, debug: bool) -> None:
     for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
+    # What is logged at the end of an epoch is the same in all processes.
+    warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode")  # what is frozen
     # Two workers are right for two cores, whatever the number of cores that Lightning sees.

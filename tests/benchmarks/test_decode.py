@@ -207,7 +207,7 @@ def test_tokens_that_differ_are_told():
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_have_the_precision_that_is_asked_for(kind):
     decoder, model = load(kind, torch.bfloat16)
-    pretrained = decoder.backbone if kind == "whisper" else decoder.llama
+    pretrained = decoder.backbone
     assert {pretrained.dtype, model.dtype} == {torch.bfloat16}
     assert not decoder.training
     assert not model.training
@@ -253,9 +253,3 @@ def test_command_prints_a_table_and_notes(kind, monkeypatch, capsys):
     assert len(notes) == 2 * len(rows)
     assert sum(note.count("all 6 tokens") for note in notes) == 2 * len(rows)
     assert layers == ([] if kind == "whisper" else [3])
-
-
-def test_a_decoder_must_be_named(capsys):
-    with pytest.raises(SystemExit):
-        decode.main([])
-    assert "--decoder" in capsys.readouterr().err

@@ -1,5 +1,9 @@
 """Tests of datamodule/loaders.py."""
 
+import multiprocessing
+import subprocess
+import time
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -122,3 +126,31 @@ def test_resume(num_workers):
     assert run(resumed, 2) == second
     resumed.load_state_dict({"epoch": 1, "batches": 4})  # saved at the end of an epoch
     assert run(resumed, 2) == second
+
+
+def test_a_batch_of_ones_own_choice():
+    loader = ClipLoader(Clips(raises=True), batch_sampler=sampler())
+    batch = loader.load([(5, 7), (3, 7)])
+    assert batch["indices"].tolist() == [5]
+    assert batch["num_bad_clips"] == 1
+    assert batch["audios"].unique().tolist() == [7]
+    with pytest.raises(MediaError, match="4.mp4: no such file"):
+        loader.load([(4, 0)])
+
+
+def test_workers_outlive_signals_unless_they_come_from_their_parent():
+    loader = ClipLoader(Clips(), batch_sampler=sampler(), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    time.sleep(0.2)
+    assert worker.is_alive()
+    assert len(list(batches)) == len(loader) - 1
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(5)
+    assert worker.exitcode == 0

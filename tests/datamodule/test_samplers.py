@@ -161,3 +161,44 @@ def test_a_million_utterances():
     batch = next(iter(make(lengths, max_frames=1600)))
     assert len(batch) >= 8
     assert time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize("number", [3, 50, 1000])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("num_buckets", [1, 400])
+def test_no_draw_has_a_larger_batch_than_the_largest(number, world_size, num_buckets):
+    lengths = draw_lengths(number)
+    samplers = [
+        make(lengths, rank=rank, world_size=world_size, num_buckets=num_buckets)
+        for rank in range(world_size)
+    ]
+
+    def sizes(batch):
+        longest = max((int(lengths[index]) for index, _ in batch), default=0)
+        return len(batch) * longest, len(batch) * longest**2
+
+    found = [sampler.largest_batches() for sampler in samplers]
+    assert len({len(part) for part in found}) == 1  # All processes try equally many.
+    steps = list(zip(*found, strict=True))
+    largest = [max(sizes(batch)[kind] for step in steps for batch in step) for kind in (0, 1)]
+    assert largest[0] <= MAX_FRAMES
+    drawn = [
+        sizes(batch)
+        for epoch in range(20)
+        for part in keys_of_all_ranks(lengths, world_size, epoch=epoch, num_buckets=num_buckets)
+        for batch in part
+    ]
+    assert [max(sizes[kind] for sizes in drawn) <= largest[kind] for kind in (0, 1)] == [True] * 2
+    assert all(len(set(batch)) == len(batch) for step in steps for batch in step)
+
+
+def test_largest_batches_are_the_longest_of_their_bucket():
+    lengths = np.array([40, 100, 100, 40, 40, 100, 40], np.int32)
+    batches = make(lengths, max_frames=310, num_buckets=1).largest_batches()
+    assert batches == [[(1, 0), (2, 0), (5, 0)]]
+
+
+def test_most_frames_and_most_attention_may_be_two_batches():
+    lengths = np.array([100] * 48 + [290] * 16, np.int32)
+    batches = make(lengths, max_frames=300).largest_batches()
+    assert [[lengths[i] for i, _ in batch] for batch in batches] == [[100] * 3, [290]]

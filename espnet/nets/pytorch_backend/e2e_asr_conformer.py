@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.adaptation import AdaptationOptions, adaptation_problems
 from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary, decoder_problems
 from espnet.nets.encoders import (
     AUDIO_ENCODERS,
@@ -31,17 +32,19 @@ from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule
+from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 
-Options = TypeVar("Options", EncoderOptions, DecoderOptions)
+Options = TypeVar("Options", EncoderOptions, DecoderOptions, AdaptationOptions)
 MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
 
 
-def build_video_frontend(options: EncoderOptions) -> nn.Module:
+def build_video_frontend(options: EncoderOptions, *, quantize: bool = False) -> nn.Module:
     """Builds the front-end of the video stream.
 
     Args:
         options: Resolved.
+        quantize: Whether a checkpoint's linear layers go into 4 bits while they are loaded.
 
     Returns:
         The front-end; its weights are those of a checkpoint if it is pretrained.
@@ -55,6 +58,7 @@ def build_video_frontend(options: EncoderOptions) -> nn.Module:
         "unfreeze_last_layers": _unfrozen(options, options.freeze_vision_encoder),
         "encoder_layer": options.encoder_layer,
         "gradient_checkpointing": options.gradient_checkpointing,
+        "quantize": quantize,
         "pooling": options.vision_pooling,
         "image_size": options.vision_image_size,
         "chunk_frames": options.vision_chunk_frames,
@@ -69,11 +73,12 @@ def build_video_frontend(options: EncoderOptions) -> nn.Module:
     raise ValueError(f"video front-end {name!r} is unknown: choose {', '.join(VISION_ENCODERS)}")
 
 
-def build_audio_frontend(options: EncoderOptions) -> nn.Module:
+def build_audio_frontend(options: EncoderOptions, *, quantize: bool = False) -> nn.Module:
     """Builds the front-end of the audio stream.
 
     Args:
         options: Resolved.
+        quantize: As for `build_video_frontend`.
 
     Returns:
         The front-end; its weights are those of a checkpoint if it is pretrained.
@@ -87,6 +92,7 @@ def build_audio_frontend(options: EncoderOptions) -> nn.Module:
         "unfreeze_last_layers": _unfrozen(options, options.freeze_audio_encoder),
         "encoder_layer": options.encoder_layer,
         "gradient_checkpointing": options.gradient_checkpointing,
+        "quantize": quantize,
     }
     if name == "resnet1d":
         frontend = Conv1dResNet(width=options.audio_width)
@@ -115,6 +121,7 @@ def build_decoder(
     vocabulary: Vocabulary,
     transformer: dict[str, int],
     video_dim: int = 0,
+    quantize: bool = False,
 ) -> nn.Module:
     """Builds the decoder.
 
@@ -126,6 +133,7 @@ def build_decoder(
         vocabulary: What it speaks.
         transformer: Sizes of `TransformerDecoder`.
         video_dim: Features of the video that follow those of the memory; 0 for none.
+        quantize: As for `build_video_frontend`.
 
     Returns:
         The decoder; its weights are those of a checkpoint if it is pretrained.
@@ -142,6 +150,7 @@ def build_decoder(
         "gradient_checkpointing": gradient_checkpointing,
         "dropout_rate": dropout_rate,
         "dtype": _decoder_dtype(options),
+        "quantize": quantize,
     }
     if name == "transformer":
         return TransformerDecoder(
@@ -202,12 +211,13 @@ class E2E(FreezableModule):
         eos: Id that ends its output; None: V - 1.
         prompt: As in `Vocabulary`.
         special_tokens: As in `Vocabulary`.
-        **options: Fields of `EncoderOptions` and `DecoderOptions`: `vision_encoder`, `decoder`...
+        **options: Fields of `EncoderOptions`, `DecoderOptions` and `AdaptationOptions`:
+            `vision_encoder`, `decoder`, `use_qlora`...
 
     Raises:
         ValueError: If the modality is unknown, a weight or probability is out of range, modality
             dropout is asked of a model with one stream, encoders and decoder do not fit together
-            or the vocabulary, or a checkpoint cannot be loaded.
+            or the vocabulary, a checkpoint cannot be loaded, or a part cannot be adapted.
     """
 
     def __init__(
@@ -235,12 +245,17 @@ class E2E(FreezableModule):
     ) -> None:
         super().__init__()
         encoders, decoders = _part(options, EncoderOptions), _part(options, DecoderOptions)
+        adaptation = _part(options, AdaptationOptions)
         if options:
             raise TypeError(f"E2E got unknown options {', '.join(sorted(options))}")
         _check_arguments(modality, ctc_weight or 0.0, label_smoothing, modality_dropout)
         if problems := encoder_problems(modality, encoders) + decoder_problems(modality, decoders):
             raise ValueError("; ".join(problems))
         encoders, decoders = encoders.resolved(modality), decoders.resolved()
+        if problems := adaptation_problems(adaptation, encoders, decoders, elayers):
+            raise ValueError("; ".join(problems))
+        adaptation = adaptation.resolved(encoders, decoders)
+        in_4_bits = adaptation.qlora_parts if adaptation.use_qlora else ()
         self.odim = odim
         self.eos = odim - 1 if eos is None else eos
         self.sos = self.eos if sos is None else sos
@@ -255,9 +270,9 @@ class E2E(FreezableModule):
 
         self.frame_rate = encoders.frame_rate
         if "video" in self.streams:
-            self.video_frontend = build_video_frontend(encoders)
+            self.video_frontend = build_video_frontend(encoders, quantize="vision" in in_4_bits)
         if "audio" in self.streams:
-            self.audio_frontend = build_audio_frontend(encoders)
+            self.audio_frontend = build_audio_frontend(encoders, quantize="audio" in in_4_bits)
         widths = {stream: self._width(stream) for stream in self.streams}
         if any(modality_dropout):
             self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
@@ -299,6 +314,7 @@ class E2E(FreezableModule):
                 "linear_units": dunits,
                 "num_blocks": dlayers,
             },
+            quantize="decoder" in in_4_bits,
         )
         if DECODERS[decoders.decoder].pretrained and self.decoder.odim != odim:
             raise ValueError(
@@ -312,6 +328,10 @@ class E2E(FreezableModule):
                 encoder_dim=adim + video_dim,
                 dropout_rate=dropout_rate,
                 ignore_id=ignore_id,
+            )
+        if adaptation.enabled:
+            adapt_parts(
+                {part: self._adaptable(part) for part in adaptation.qlora_parts}, adaptation
             )
         self.register_load_state_dict_pre_hook(_rename_on_load)
         self.train()  # but for what is frozen
@@ -400,6 +420,12 @@ class E2E(FreezableModule):
             memory = self.encoder(memory, frames)
         beside = [features[s] for s in self.streams if s not in self.fused_streams]
         return torch.cat([memory, *beside], dim=-1) if beside else memory, frames
+
+    def _adaptable(self, part: str) -> nn.Module:
+        """The module that adapters go into: what is new around a checkpoint is trained anyway."""
+        name = {"vision": "video_frontend", "audio": "audio_frontend"}.get(part, part)
+        module = getattr(self, name)
+        return getattr(module, "backbone", module)
 
     def _frontend(self, stream: str) -> nn.Module:
         return self.video_frontend if stream == "video" else self.audio_frontend

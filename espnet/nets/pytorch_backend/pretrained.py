@@ -1,16 +1,39 @@
 """Loading of transformers checkpoints, by hub id or from a folder, with one-line errors."""
 
-from typing import TypeVar
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from espnet.nets.encoders import folder_problem
+from espnet.nets.pytorch_backend.qlora_utils import finish_loading, loading_config
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 SHOWN = 3  # missing weights that an error names
+SAMPLES = 16  # values of each weight that go into a fingerprint
+# Entries of config.json that change when a checkpoint is only saved again.
+VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "_commit_hash")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that a part of the model was loaded from.
+
+    Attributes:
+        name: Hub id or folder.
+        fingerprint: Of its config, and of the names, shapes and first values of its weights.
+    """
+
+    name: str
+    fingerprint: str
 
 
 def load_pretrained(
@@ -21,9 +44,13 @@ def load_pretrained(
     flag: str,
     key_mapping: dict[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
-    **options: object,
+    quantize: bool = False,
+    **options: Any,
 ) -> Model:
     """Loads the weights of a checkpoint, and makes sure that none is missing.
+
+    The model's attribute `base` then says what it was loaded from, and `load_plain` loads it once
+    more, in full precision, whatever has become of the model by then.
 
     Args:
         model_class: Class of transformers.
@@ -32,6 +59,7 @@ def load_pretrained(
         flag: Command-line option that names it, for errors.
         key_mapping: Regular expressions for names of weights, and what takes their place.
         dtype: Precision of the weights.
+        quantize: Whether its linear layers go into 4 bits, one by one while they are loaded.
         **options: What else the constructor of the class is to be told.
 
     Returns:
@@ -41,6 +69,13 @@ def load_pretrained(
         ValueError: If there is no such checkpoint, it cannot be fetched, it is of another
             architecture, or it lacks weights.
     """
+    load_plain = partial(
+        load_pretrained,
+        *(model_class, name, model_types),
+        flag=flag,
+        key_mapping=key_mapping,
+        **options,
+    )
     if problem := folder_problem(flag, name, model_types):
         raise ValueError(problem)
     remedy = f"give {flag} the folder or hub id of a {model_types[0]} checkpoint"
@@ -49,9 +84,14 @@ def load_pretrained(
     try:
         found = AutoConfig.from_pretrained(name).model_type
         if found in model_types:
+            if quantize:
+                with torch.device("meta"):
+                    empty = model_class(model_class.config_class.from_pretrained(name))
+                options["quantization_config"] = loading_config(empty)
             model, report = model_class.from_pretrained(
                 name,
-                dtype=dtype,
+                dtype=torch.float32 if quantize else dtype,
+                device_map={"": quantizing_device()} if quantize else None,
                 key_mapping=key_mapping,
                 output_loading_info=True,
                 **options,
@@ -70,7 +110,81 @@ def load_pretrained(
             f"{flag} {name} lacks {len(missing)} weights of {model_class.__name__}, such as "
             f"{', '.join(missing[:SHOWN])}: {remedy}"
         )
+    if quantize:
+        finish_loading(model, dtype)
+    model.base = Base(name, _fingerprint(name, model))
+    model.load_plain = load_plain
     return model
+
+
+def quantizing_device() -> torch.device:
+    """Where weights are quantised: the GPU of this process if there is one, which is far faster.
+
+    Only one weight at a time is there in full precision.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(local_rank) % torch.cuda.device_count())
+
+
+def bases(model: nn.Module) -> dict[str, Base]:
+    """What the parts of a model were loaded from.
+
+    Args:
+        model: Recogniser.
+
+    Returns:
+        A checkpoint for each part, by the part's name in the model.
+    """
+    return {
+        name: module.base
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "base", None), Base)
+    }
+
+
+def from_bases(model: nn.Module) -> set[str]:
+    """Names of a model's weights that loading its bases brings back: those that stay as they are.
+
+    Args:
+        model: Recogniser.
+
+    Returns:
+        Names in its state dict; the tables of quantised weights are among them.
+    """
+    prefixes = tuple(f"{name}." for name in bases(model))
+    kept = {name for name, _ in model.named_buffers()}
+    kept |= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name for name in model.state_dict() if name.startswith(prefixes)} - kept
+
+
+def _fingerprint(name: str, model: PreTrainedModel) -> str:
+    """Tells checkpoints apart, in whatever precision and whether in 4 bits they were loaded."""
+    config, _ = PretrainedConfig.get_config_dict(name)
+    text = json.dumps(_lasting(config), sort_keys=True, default=str)
+    digest = hashlib.sha256(text.encode())
+    linear = {id(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)}
+    # An output layer that shares its weight with them is never in 4 bits.
+    linear -= {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    for key, weight in sorted(model.named_parameters()):
+        state = getattr(weight, "quant_state", None)
+        digest.update(f"{key} {tuple(weight.shape if state is None else state.shape)}".encode())
+        if id(weight) not in linear:  # what may be in 4 bits has no values to compare
+            digest.update(_first_values(weight))
+    return digest.hexdigest()[:16]
+
+
+def _lasting(config: Any) -> Any:
+    """A config, and those in it, without the entries that change when it is saved again."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _lasting(value) for key, value in config.items() if key not in VOLATILE}
+
+
+def _first_values(weight: Tensor) -> bytes:
+    values = weight.detach().flatten()[:SAMPLES].to("cpu", torch.bfloat16)
+    return values.view(torch.int16).numpy().tobytes()
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

@@ -7,22 +7,21 @@ are imported when they are needed, and what uses neither can do without them.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib import import_module
-from importlib.util import find_spec
 from re import escape
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from espnet.nets.adaptation import INSTALLED, AdaptationOptions, install_command
 
 logger = logging.getLogger(__name__)
-
-REQUIREMENTS = {"bitsandbytes": "bitsandbytes>=0.46", "peft": "peft>=0.17"}
-INSTALLED = {package for package in REQUIREMENTS if find_spec(package)}
 
 # Their errors would go straight into the scores, and some share their weights with an embedding.
 OUTPUT_LAYERS = ("lm_head", "proj_out", "ctc_lo", "output_layer")
@@ -63,6 +62,40 @@ class ParameterReport:
         )
 
 
+def adapt_parts(parts: Mapping[str, nn.Module], options: AdaptationOptions) -> None:
+    """Adapts parts of a recogniser in place.
+
+    Args:
+        parts: Modules by name; everything in them is frozen but for the adapters.
+        options: How to adapt them. A target may be in some of the parts only.
+
+    Raises:
+        ValueError: As for `apply_qlora` and `add_lora`, or if a target is in none of the parts.
+    """
+    layers = {name: [layer for layer, _ in _linear_layers(part)] for name, part in parts.items()}
+    everywhere = sum(layers.values(), [])
+    for target in options.lora_targets or ():
+        if not any(_matches(layer, target) for layer in everywhere):
+            raise _no_target([target], " and ".join(parts), everywhere)
+    for name, part in parts.items():
+        adapt = apply_qlora if options.use_qlora else add_lora
+        adapt(
+            part,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            dropout=options.lora_dropout,
+            targets=_targets_in(layers[name], options.lora_targets),
+        )
+        logger.info("%s with adapters: %s", name, parameter_report(part))
+
+
+def _targets_in(layers: list[str], targets: Iterable[str] | None) -> list[str] | None:
+    """Those of the targets that a part has; all if it has none, which is an error then."""
+    if targets is None:
+        return None
+    return [t for t in targets if any(_matches(name, t) for name in layers)] or list(targets)
+
+
 def apply_qlora(
     module: nn.Module,
     *,
@@ -91,7 +124,6 @@ def apply_qlora(
     config = _lora_config(module, rank, alpha, dropout, targets)  # Fails before the long work.
     left_alone = quantize_4bit(module, skip=skip)
     _inject(module, config)
-    logger.info("%s with QLoRA: %s", type(module).__name__, parameter_report(module))
     return left_alone
 
 
@@ -118,23 +150,76 @@ def quantize_4bit(module: nn.Module, *, skip: Iterable[str] = ()) -> list[str]:
         ValueError: If bitsandbytes is missing or does not work.
     """
     bitsandbytes = _load("bitsandbytes")
+    names, left_alone = _choose_layers(module, skip)
+    for name in names:
+        module.set_submodule(name, _quantised(module.get_submodule(name), bitsandbytes))
+    done = sum(_is_quantised(layer) for _, layer in _linear_layers(module))
+    logger.info(
+        "%d linear layers of %s are in 4 bits; left alone: %s",
+        *(done, type(module).__name__, ", ".join(left_alone) or "none"),
+    )
+    return left_alone
+
+
+def loading_config(module: nn.Module, *, skip: Iterable[str] = ()) -> BitsAndBytesConfig:
+    """What makes transformers quantise the weights of a checkpoint one by one as it loads them.
+
+    The model is then as `quantize_4bit` would have made it, once `finish_loading` has seen it.
+
+    Args:
+        module: The model without its weights, on the device "meta".
+        skip: As for `quantize_4bit`.
+
+    Returns:
+        The `quantization_config` of `from_pretrained`.
+
+    Raises:
+        ValueError: If bitsandbytes is missing or does not work.
+    """
+    _load("bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        # It finds names by regular expressions; without any it would choose layers of its own.
+        llm_int8_skip_modules=[escape(name) for name in _choose_layers(module, skip)[1]] or ["$"],
+    )
+
+
+def finish_loading(module: nn.Module, dtype: torch.dtype) -> None:
+    """Makes a model that was quantised while loading equal to one that `quantize_4bit` quantised.
+
+    Args:
+        module: Model, loaded in float32 with `loading_config`: so the codes of its weights do not
+            depend on the precision that is chosen here.
+        dtype: Precision of what is not in 4 bits, and of the weights once they are merged.
+    """
+    for parameter in module.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            state.dtype = dtype
+        elif parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for _, layer in _linear_layers(module):
+        if _is_quantised(layer):
+            _add_hooks(layer)
+
+
+def _choose_layers(module: nn.Module, skip: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of the linear layers that are to be quantised, and of those to be left alone."""
     patterns = (*OUTPUT_LAYERS, *skip)
     uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
-    left_alone, names = [], []
+    names, left_alone = [], []
     for name, layer in _linear_layers(module):
+        if _is_quantised(layer):
+            continue
         # Subclasses may read the weight themselves, as PyTorch's own attention does. bitsandbytes
         # computes wrong results on some CPUs if blocks go over the ends of rows.
         fits = type(layer) is nn.Linear and layer.in_features % BLOCK == 0
         own = uses[id(layer.weight)] == 1
         keep = any(_matches(name, pattern) for pattern in patterns)
         (names if fits and own and not keep else left_alone).append(name)
-    for name in names:
-        module.set_submodule(name, _quantised(module.get_submodule(name), bitsandbytes))
-    logger.info(
-        "%d linear layers are in 4 bits now; left alone: %s",
-        *(len(names), ", ".join(left_alone) or "none"),
-    )
-    return left_alone
+    return names, left_alone
 
 
 def add_lora(
@@ -193,6 +278,36 @@ def merge_lora(module: nn.Module) -> None:
     _replace(module, _is_quantised, _plain)
 
 
+def adapter_names(module: nn.Module) -> set[str]:
+    """Names of the adapters' weights in a module's state dict."""
+    return {name for name, _ in module.named_parameters() if ".lora_" in name}
+
+
+def to_adapted_names(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives the weights of layers that have adapters by now their names beside them.
+
+    Args:
+        module: Module, adapted or not.
+        state: Weights by the names that they have with or without adapters.
+
+    Returns:
+        Weights by the names in the module's state dict.
+    """
+    layers = [name for name, layer in module.named_modules() if hasattr(layer, "base_layer")]
+    kinds = ("weight", "bias")
+    names = {f"{name}.{kind}": f"{name}.base_layer.{kind}" for name in layers for kind in kinds}
+    return {names.get(name, name): value for name, value in state.items()}
+
+
+def plain_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes that the weights in 4 bits had before, by their names in the state dict."""
+    return {
+        f"{name}.weight": layer.weight.quant_state.shape
+        for name, layer in _linear_layers(module)
+        if _is_quantised(layer)
+    }
+
+
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The parameters of a module that an optimiser is to train."""
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -223,7 +338,7 @@ def _load(package: str) -> ModuleType:
 
 
 def _remedy(package: str, problem: str) -> str:
-    return f'QLoRA needs {package}, but {problem}: pip install -U "{REQUIREMENTS[package]}"'
+    return f"QLoRA needs {package}, but {problem}: {install_command(package)}"
 
 
 def _line(error: Exception) -> str:
@@ -274,11 +389,16 @@ def _quantised(linear: nn.Linear, bitsandbytes: ModuleType) -> nn.Linear:
         problem = f"it does not work on {linear.weight.device} ({_line(error)})"
         raise ValueError(_remedy("bitsandbytes", problem)) from None
     quantised.bias = linear.bias
-    # On some CPUs it would store weights anew in eval mode, in a form that cannot be trained with.
-    quantised.support_avx512bf16_for_cpu = False
-    quantised.register_forward_pre_hook(_choose_compute_type)
-    quantised.register_load_state_dict_pre_hook(_load_tables)
+    _add_hooks(quantised)
     return quantised.train(linear.training)
+
+
+def _add_hooks(layer: nn.Linear) -> None:
+    """Makes a layer of bitsandbytes do what this project needs of it."""
+    # On some CPUs it would store weights anew in eval mode, in a form that cannot be trained with.
+    layer.support_avx512bf16_for_cpu = False
+    layer.register_forward_pre_hook(_choose_compute_type)
+    layer.register_load_state_dict_pre_hook(_load_weight)
 
 
 def _choose_compute_type(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
@@ -286,13 +406,23 @@ def _choose_compute_type(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
     layer.compute_dtype = torch.bfloat16 if inputs[0].is_cuda else torch.float32
 
 
-def _load_tables(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Takes the tables of the quantisation from a state dict; PyTorch loads the weight itself."""
-    prefix = f"{prefix}weight."
-    names = [name for name in state_dict if name.startswith(prefix)]
-    if tables := {name.removeprefix(prefix): state_dict.pop(name) for name in names}:
+def _load_weight(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Takes tables of the quantisation from a state dict, or quantises a weight that has none.
+
+    PyTorch then loads the weight in 4 bits itself.
+    """
+    name = f"{prefix}weight"
+    weight = state_dict.get(name)
+    if weight is not None and weight.is_floating_point():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(weight.to(layer.weight.device, layer.weight.quant_state.dtype))
+        quantised = _quantised(plain, _load("bitsandbytes")).weight
+        state_dict[name], layer.weight.quant_state = quantised.data, quantised.quant_state
+        return
+    tables = [entry for entry in state_dict if entry.startswith(f"{name}.")]
+    if found := {entry.removeprefix(f"{name}."): state_dict.pop(entry) for entry in tables}:
         state = layer.weight.quant_state
-        layer.weight.quant_state = type(state).from_dict(tables, device=layer.weight.device)
+        layer.weight.quant_state = type(state).from_dict(found, device=layer.weight.device)
 
 
 def _is_quantised(layer: nn.Module) -> bool:
@@ -351,12 +481,16 @@ def _target_names(module: nn.Module, targets: Iterable[str] | None) -> list[str]
     # A checkpoint need not have all that its kind may have, but what is asked for must be there.
     vain = [pattern for pattern, names in matched.items() if not names]
     if not any(matched.values()) or (vain and targets is not None):
-        last_parts = dict.fromkeys(name.rpartition(".")[2] for name in layers)
-        raise ValueError(
-            f"LoRA target {', '.join(vain) or 'none'} matches no linear layer of "
-            f"{type(module).__name__}: choose among {', '.join([*last_parts][:SHOWN]) or 'none'}"
-        )
+        raise _no_target(vain, type(module).__name__, layers)
     return [name for name in layers if any(name in names for names in matched.values())]
+
+
+def _no_target(vain: list[str], what: str, layers: list[str]) -> ValueError:
+    last_parts = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    return ValueError(
+        f"LoRA target {', '.join(vain) or 'none'} matches no linear layer of {what}: choose among "
+        f"{', '.join([*last_parts][:SHOWN]) or 'none'}"
+    )
 
 
 def _default_targets(module: nn.Module) -> tuple[str, ...]:
@@ -378,4 +512,7 @@ def _inject(module: nn.Module, config: Any) -> None:
     outermost = nn.Sequential(module)
     outermost.is_loaded_in_4bit = True
     _load("peft").inject_adapter_in_model(config, outermost)
+    for name, parameter in module.named_parameters():
+        if ".lora_" in name:  # peft gives them the type of the weights: updates would be lost.
+            parameter.data = parameter.data.float()
     module.train(module.training)

@@ -59,7 +59,7 @@ def synchronise_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             synced = CPUSyncBatchNorm(child.num_features, child.eps, child.momentum)
-            synced.load_state_dict(child.state_dict())
+            vars(synced).update(vars(child))  # its mode, and what is frozen, too
             setattr(module, name, synced)
         else:
             synchronise_batch_norm(child)

@@ -59,6 +59,7 @@ def test_resolved_options_name_checkpoints_and_freezing():
         ),
         ("video", {"vision_image_size": 224}, ["--vision-image-size 224 needs --vision-encoder"]),
         ("video", {"vision_pooling": "max"}, ["--vision-pooling max: choose cls or mean"]),
+        ("video", {"vision_pooling": "mean"}, ["--vision-pooling mean needs --vision-encoder vit"]),
         (
             "audio",
             {"whisper_pad_30s": True, "frame_rate": 30},

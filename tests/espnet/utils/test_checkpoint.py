@@ -2,15 +2,21 @@ import pickle
 
 import pytest
 import torch
+from transformers import AutoConfig, LlamaForCausalLM
 
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.pytorch_backend.qlora_utils import quantize_4bit
 from espnet.utils.checkpoint import (
     average_checkpoints,
+    load_model,
     load_weights,
     read_checkpoint,
     read_state_dict,
+    trained_content,
     transfer_weights,
 )
+from tests import adapted_cases
+from tests.adapted_cases import assert_same, changed, disturb, other_values, outputs
 from tests.auto_avsr_cases import CASES, build, fill
 
 SIZES = {"adim": 8, "aheads": 2, "eunits": 8, "elayers": 1, "dunits": 8, "dlayers": 1}
@@ -176,3 +182,199 @@ def test_average_is_the_mean_of_weights_and_the_last_of_counters(tmp_path):
             torch.testing.assert_close(value, expected)
         else:
             assert value.item() == 20
+
+
+KINDS = [*((case, "use_qlora") for case in adapted_cases.CASES), ("clip_whisper_llama", "use_lora")]
+KINDS += [("own_encoder", "use_lora")]
+
+
+def of_base(name, model):
+    """Whether a name in the state dict is of a checkpoint's weights, as they were."""
+    trained = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
+    return ".backbone." in name and name not in trained
+
+
+@pytest.mark.parametrize(("case", "how"), KINDS)
+def test_what_was_trained_comes_back_on_the_same_bases(tiny_checkpoints, tmp_path, case, how):
+    model = disturb(adapted_cases.make(tiny_checkpoints, case, **{how: True}))
+    model.train()(*adapted_cases.batch(model))  # which moves batch statistics
+    expected = outputs(model)
+    torch.save(trained_content(model), tmp_path / "model.pth")
+    content = torch.load(tmp_path / "model.pth", weights_only=True)
+    state = model.state_dict()
+    kept = {name for name in state if not of_base(name, model)}
+    if case == "own_parts":
+        assert content.keys() == kept == state.keys()
+    else:
+        assert content["model_state_dict"].keys() == kept
+        assert {*content["bases"]} == {n[:-1] for n in _bases_of(case)}
+        # The file is that of an own Conformer and adapters: 20 kB are names and layout.
+        size = sum(state[name].nbytes for name in kept)
+        assert (tmp_path / "model.pth").stat().st_size < size + 500 * len(kept)
+        left_out = sum(value.nbytes for name, value in state.items() if name not in kept)
+        assert left_out > 80_000
+    fresh = adapted_cases.make(tiny_checkpoints, case, **{how: True})
+    assert changed(state, fresh.state_dict()) <= kept
+    load_model(fresh, tmp_path / "model.pth")
+    assert_same(outputs(fresh), expected)
+    assert not changed(state, fresh.state_dict())
+
+
+def _bases_of(case):
+    names = (*adapted_cases.ADAPTED[case], *adapted_cases.FROZEN.get(case, ()))
+    return {name for name in names if "backbone" in name}
+
+
+def resized(source, target):
+    """A checkpoint of the same kind with other shapes."""
+    config = AutoConfig.from_pretrained(source)
+    config.intermediate_size = 192
+    LlamaForCausalLM(config).save_pretrained(target)
+
+
+PARTS = {
+    "vision_encoder_name": ("video_frontend.backbone", "clip"),
+    "audio_encoder_name": ("audio_frontend.backbone", "whisper"),
+    "decoder_name": ("decoder.backbone", "llama"),
+}
+
+
+@pytest.mark.parametrize("how", ["use_qlora", "use_lora"])
+@pytest.mark.parametrize(
+    ("flag", "change"), [*((flag, other_values) for flag in PARTS), ("decoder_name", resized)]
+)
+def test_other_bases_are_refused(tiny_checkpoints, tmp_path, how, flag, change):
+    part, name = PARTS[flag]
+    change(tiny_checkpoints / name, tmp_path / "other")
+    model = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama", **{how: True})
+    options = {how: True, flag: str(tmp_path / "other")}
+    other = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama", **options)
+    torch.save(trained_content(model), tmp_path / "model.pth")
+    one, two = (m.get_submodule(part).base.fingerprint for m in (model, other))
+    assert one != two
+    before = adapted_cases.snapshot(other)
+    for load in (load_model, transfer_weights):
+        with pytest.raises(
+            ValueError,
+            match=rf"model.pth was trained on .*/{name} \(fingerprint {one}\) as {part}, but the "
+            rf"model has .*/other \(fingerprint {two}\): give the one that it was trained on$",
+        ):
+            load(other, tmp_path / "model.pth")
+    assert not changed(before, other.state_dict())
+
+
+def test_a_front_end_of_another_base_is_refused(tiny_checkpoints, tmp_path):
+    other_values(tiny_checkpoints / "clip", tmp_path / "other")
+    model = adapted_cases.make(tiny_checkpoints, "own_parts", use_lora=True, **CLIP_ALONE)
+    torch.save(trained_content(model), tmp_path / "model.pth")
+    options = {**CLIP_ALONE, "use_lora": True, "vision_encoder_name": str(tmp_path / "other")}
+    other = adapted_cases.make(tiny_checkpoints, "own_parts", **options)
+    with pytest.raises(ValueError, match="as video_frontend.backbone, but the model has"):
+        transfer_weights(other, tmp_path / "model.pth", frontend=True)
+    transfer_weights(other, tmp_path / "model.pth", encoder=True)  # has no base
+
+
+CLIP_ALONE = {"vision_encoder": "clip", "qlora_parts": ("vision",)}
+
+
+@pytest.mark.parametrize("case", ["clip_whisper_llama", "own_encoder"])
+def test_the_average_of_adapted_models(tiny_checkpoints, tmp_path, case):
+    states, paths = [], []
+    for seed in range(3):
+        model = disturb(adapted_cases.make(tiny_checkpoints, case, use_qlora=True), seed)
+        states.append(trained_content(model)["model_state_dict"])
+        content = trained_content(model)
+        wrapped = {f"model.{name}": value for name, value in states[-1].items()}
+        paths.append(tmp_path / f"epoch={seed}.ckpt")
+        torch.save({"state_dict": wrapped, "bases": content["bases"]}, paths[-1])
+    average = average_checkpoints(paths)
+    assert average["bases"] == content["bases"]
+    in_bits = 0
+    for name, value in average["model_state_dict"].items():
+        values = [state[name] for state in states]
+        if value.dtype == torch.uint8:
+            assert all(torch.equal(value, other) for other in values)
+            in_bits += 1
+        elif value.is_floating_point():
+            torch.testing.assert_close(value, torch.stack(values).mean(dim=0))
+    assert bool(in_bits) == (case == "own_encoder")
+    torch.save(average, tmp_path / "average.pth")
+    model = adapted_cases.make(tiny_checkpoints, case, use_qlora=True)
+    before = adapted_cases.snapshot(model)
+    load_model(model, tmp_path / "average.pth")
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert not changed(before, model.state_dict()) & frozen
+
+
+@pytest.mark.parametrize("auto_avsr", [False, True])
+@pytest.mark.parametrize("parts", [{}, {"encoder": True}, {"frontend": True, "encoder": True}])
+def test_transfer_into_adapted_parts_is_transfer_and_then_quantisation(
+    tiny_checkpoints, tmp_path, parts, auto_avsr
+):
+    source = adapted_cases.make(tiny_checkpoints, "own_parts")
+    state = randomise_weights(source).state_dict()
+    if auto_avsr:
+        state = {n.replace("video_frontend.", "frontend."): value for n, value in state.items()}
+    torch.save(state, tmp_path / "source.pth")
+    expected = adapted_cases.make(tiny_checkpoints, "own_parts")
+    transfer_weights(expected, tmp_path / "source.pth", **parts)
+    for part in ("encoder", "decoder"):
+        quantize_4bit(expected.get_submodule(part))
+    model = adapted_cases.make(tiny_checkpoints, "own_parts", use_qlora=True)
+    transfer_weights(model, tmp_path / "source.pth", **parts)
+    assert_same(outputs(model), outputs(expected))
+    state = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
+    state = {name: value for name, value in state.items() if ".lora_" not in name}
+    assert not changed(expected.state_dict(), state)
+    assert not any(p.requires_grad for p in model.encoder.parameters() if p.dtype == torch.uint8)
+    with_adapters = disturb(model)
+    torch.save(trained_content(with_adapters), tmp_path / "adapted.pth")
+    again = adapted_cases.make(tiny_checkpoints, "own_parts", use_qlora=True)
+    load_model(again, tmp_path / "adapted.pth")
+    assert_same(outputs(again), outputs(with_adapters))
+
+
+def randomise_weights(model, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_old_checkpoints_hold_frozen_weights_too(tiny_checkpoints, tmp_path):
+    source = randomise_weights(adapted_cases.make(tiny_checkpoints, "clip_whisper_llama"))
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    model = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama")
+    load_model(model, tmp_path / "whole.pth")
+    assert not changed(source.state_dict(), model.state_dict())
+
+
+def test_a_whole_checkpoint_starts_an_adapted_model(tiny_checkpoints, tmp_path):
+    source = randomise_weights(adapted_cases.make(tiny_checkpoints, "clip_whisper_llama"))
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    model = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama", use_qlora=True)
+    transfer_weights(model, tmp_path / "whole.pth")
+    for part in adapted_cases.ADAPTED["clip_whisper_llama"]:
+        quantize_4bit(source.get_submodule(part[:-1]))
+    assert_same(outputs(model), outputs(source))
+
+
+def test_what_was_frozen_may_be_trained_next(tiny_checkpoints, tmp_path):
+    """The weights that the checkpoint leaves out are those of its bases."""
+    source = disturb(adapted_cases.make(tiny_checkpoints, "clip_whisper_llama"))
+    torch.save(trained_content(source), tmp_path / "first.pth")
+    options = {"freeze_audio_encoder": False, "freeze_decoder": False}
+    model = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama", **options)
+    transfer_weights(model, tmp_path / "first.pth")
+    assert not changed(source.state_dict(), model.state_dict())
+
+
+def test_missing_and_superfluous_adapters_are_named(tiny_checkpoints, tmp_path):
+    plain = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama")
+    model = adapted_cases.make(tiny_checkpoints, "clip_whisper_llama", use_qlora=True)
+    torch.save(trained_content(plain), tmp_path / "plain.pth")
+    torch.save(trained_content(model), tmp_path / "adapted.pth")
+    with pytest.raises(ValueError, match=r"lora_A.default.weight is missing; .*: give the model o"):
+        load_model(model, tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"lora_A.default.weight is unknown; .*: give the model o"):
+        load_model(plain, tmp_path / "adapted.pth")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from espnet.utils.options import complete_model, eval_parser, one_line, train_parser
+from espnet.utils.model_options import complete_model
+from espnet.utils.options import eval_parser, one_line, train_parser
 
 ROOT = Path(__file__).parents[3]
 AUTO_AVSR_TRAIN = [

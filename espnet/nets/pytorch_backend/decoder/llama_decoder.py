@@ -69,6 +69,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         gradient_checkpointing: Whether layers are computed again for their gradients.
         dropout_rate: Dropout in the blocks of cross-attention.
         dtype: Precision of the checkpoint's weights.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
 
     Attributes:
         odim: Vocabulary size V, that of the checkpoint's output layer and the blank.
@@ -96,19 +97,21 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         gradient_checkpointing: bool = True,
         dropout_rate: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        quantize: bool = False,
     ) -> None:
         super().__init__()
         _check_options(prompt, conditioning, cross_every, downsample)
-        self.llama = load_pretrained(
+        self.backbone = load_pretrained(
             LlamaForCausalLM,
             name,
             DECODERS["llama"].model_types,
             flag="--decoder-name",
             attn_implementation=ATTENTION,
             dtype=dtype,
+            quantize=quantize,
         )
-        config = self.llama.config
-        tokens = self.llama.lm_head.weight.size(0)
+        config = self.backbone.config
+        tokens = self.backbone.lm_head.weight.size(0)
         if not all(0 <= token < tokens for token in (*prompt, eos - self.first_token)):
             raise ValueError(
                 f"--decoder-name {name} knows {tokens} tokens, but the prompt has "
@@ -116,7 +119,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
                 "take the tokenizer of this checkpoint"
             )
         if freeze:
-            self.llama.requires_grad_(False)
+            self.backbone.requires_grad_(False)
         self.odim = tokens + self.first_token
         self.sos = prompt[-1] + self.first_token
         self.positions = config.max_position_embeddings
@@ -126,7 +129,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         self.memory_prefix = None
         self.cross_attention = nn.ModuleList()
         if conditioning == "prefix":
-            embeddings = self.llama.get_input_embeddings().weight.detach()
+            embeddings = self.backbone.get_input_embeddings().weight.detach()
             norm = torch.linalg.vector_norm(embeddings, dtype=torch.float32)
             self.memory_prefix = MemoryPrefix(
                 memory_dim=memory_dim,
@@ -180,7 +183,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
 
     def logits(self, features: Tensor) -> Tensor:
         """Scores of all tokens by the checkpoint's output layer, (..., D) -> (..., V - 1)."""
-        return self.llama.lm_head(features)
+        return self.backbone.lm_head(features)
 
     def init(self, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> LLaMADecoderState:
         """Reads all that precedes sos, and projects the memory, once. See `ScorerInterface`."""
@@ -257,12 +260,12 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         shared_prefix: SharedPrefix | None = None,
     ) -> Tensor:
         """Applies layers and blocks of cross-attention; see `run_layers`. Places begin at 0."""
-        layers = range(0, self.llama.config.num_hidden_layers, self.cross_every)
+        layers = range(0, self.backbone.config.num_hidden_layers, self.cross_every)
         if places is None:
             places = torch.arange(hidden.size(1), device=hidden.device).unsqueeze(0)
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return run_layers(
-            self.llama.model,
+            self.backbone.model,
             hidden,
             places,
             dict(zip(layers, blocks, strict=False)),
@@ -273,7 +276,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embeddings of ids of the project; hypotheses that are over may hold blanks."""
-        return self.llama.get_input_embeddings()((tokens - self.first_token).clamp(min=0))
+        return self.backbone.get_input_embeddings()((tokens - self.first_token).clamp(min=0))
 
     def _sequence(
         self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor

@@ -64,6 +64,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         video_dim: Features of the video, V, that follow the M of the memory; 0 for no video.
         dropout_rate: Dropout of the gated attention to video.
         dtype: Precision of the checkpoint's weights.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, the prompt or `eos` is not in its
@@ -85,6 +86,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         video_dim: int = 0,
         dropout_rate: float = 0.1,
         dtype: torch.dtype = torch.float32,
+        quantize: bool = False,
     ) -> None:
         super().__init__()
         backbone = load_pretrained(
@@ -94,6 +96,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
             flag="--decoder-name",
             attn_implementation="sdpa",  # which takes masks that are not added, but say True
             dtype=dtype,
+            quantize=quantize,
         )
         config = backbone.config
         _check_prompt(name, prompt, eos, config.vocab_size, config.max_target_positions)

@@ -22,6 +22,7 @@ class CLIPEncoder(ImageEncoder):
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole CLIP or its vision
             model alone.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
         **options: `freeze`, `encoder_layer`, `pooling` and so on, as for `ImageEncoder` and
             `PretrainedEncoder`.
 
@@ -29,13 +30,14 @@ class CLIPEncoder(ImageEncoder):
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, *, quantize: bool = False, **options: Any) -> None:
         super().__init__(
             load_pretrained(
                 CLIPVisionModel,
                 name,
                 VISION_ENCODERS["clip"].model_types,
                 flag="--vision-encoder-name",
+                quantize=quantize,
             ),
             **image_statistics(name, (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)),
             **options,

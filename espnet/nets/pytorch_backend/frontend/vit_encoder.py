@@ -21,6 +21,7 @@ class ViTEncoder(ImageEncoder):
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
         **options: `freeze`, `encoder_layer`, `pooling` and so on, as for `ImageEncoder` and
             `PretrainedEncoder`.
 
@@ -28,13 +29,14 @@ class ViTEncoder(ImageEncoder):
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, *, quantize: bool = False, **options: Any) -> None:
         super().__init__(
             load_pretrained(
                 ViTModel,
                 name,
                 VISION_ENCODERS["vit"].model_types,
                 flag="--vision-encoder-name",
+                quantize=quantize,
                 add_pooling_layer=False,
             ),
             **image_statistics(name, (PUBLISHED_MEAN, PUBLISHED_STD)),

@@ -17,7 +17,8 @@ class WaveEncoder(PretrainedEncoder):
 
     Args:
         backbone: Audio model of transformers.
-        gradient_checkpointing: Whether trained layers are computed again for their gradients.
+        gradient_checkpointing: Whether layers with trained weights are computed again for their
+            gradients.
         **options: As for `PretrainedEncoder`.
     """
 
@@ -27,7 +28,7 @@ class WaveEncoder(PretrainedEncoder):
         self, backbone: PreTrainedModel, *, gradient_checkpointing: bool = True, **options: Any
     ) -> None:
         super().__init__(backbone, **options)
-        if gradient_checkpointing and self.trains_backbone:
+        if gradient_checkpointing:  # It takes place in layers in training mode only.
             enable_gradient_checkpointing(backbone)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

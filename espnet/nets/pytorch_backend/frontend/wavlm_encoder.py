@@ -86,6 +86,7 @@ class WavLMEncoder(WaveEncoder):
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
         **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
             `WaveEncoder` and `PretrainedEncoder`.
 
@@ -93,9 +94,13 @@ class WavLMEncoder(WaveEncoder):
         ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, *, quantize: bool = False, **options: Any) -> None:
         backbone = load_pretrained(
-            WavLMModel, name, AUDIO_ENCODERS["wavlm"].model_types, flag="--audio-encoder-name"
+            WavLMModel,
+            name,
+            AUDIO_ENCODERS["wavlm"].model_types,
+            flag="--audio-encoder-name",
+            quantize=quantize,
         )
         # The vector of masked frames, which are not used, would wait for a gradient in vain.
         backbone.masked_spec_embed = None

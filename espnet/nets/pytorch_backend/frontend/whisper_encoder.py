@@ -30,6 +30,7 @@ class WhisperEncoder(WaveEncoder):
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
         pad_30s: Pad every utterance to 30 s, as Whisper was trained; the features are those of
             its real length.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
         **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
             `WaveEncoder` and `PretrainedEncoder`.
 
@@ -44,6 +45,7 @@ class WhisperEncoder(WaveEncoder):
         name: str,
         *,
         pad_30s: bool = False,
+        quantize: bool = False,
         **options: Any,
     ) -> None:
         backbone = load_pretrained(
@@ -51,6 +53,7 @@ class WhisperEncoder(WaveEncoder):
             name,
             AUDIO_ENCODERS["whisper"].model_types,
             flag="--audio-encoder-name",
+            quantize=quantize,
             # Published checkpoints begin with `model.encoder.`, those of WhisperModel with less.
             key_mapping={r"^(model\.)?encoder\.": ""},
             attn_implementation=ATTENTION,

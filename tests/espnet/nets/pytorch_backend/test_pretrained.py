@@ -1,18 +1,33 @@
+import gc
 import json
 import logging
 import shutil
 
+import bitsandbytes
 import huggingface_hub.constants
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, ViTModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+    ViTModel,
+    WavLMModel,
+    WhisperForCausalLM,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
-from espnet.nets.pytorch_backend.pretrained import load_pretrained
+from espnet.nets.pytorch_backend.pretrained import bases, from_bases, load_pretrained
+from espnet.nets.pytorch_backend.qlora_utils import add_lora, merge_lora, quantize_4bit
+from tests.adapted_cases import other_values
 
 REMEDY = "give --flag the folder or hub id of a vit checkpoint"
 
@@ -188,3 +203,168 @@ def test_what_the_hub_answers(monkeypatch, cause, message):
     found = problem("someone/private")
     assert message in found
     assert found.endswith(REMEDY)
+
+
+BACKBONES = {  # class, options, and the class of the whole checkpoint
+    "vit": (ViTModel, {"add_pooling_layer": False}, ViTModel),
+    "clip": (CLIPVisionModel, {}, CLIPModel),
+    "whisper": (
+        WhisperEncoder,
+        {"key_mapping": {r"^(model\.)?encoder\.": ""}},
+        WhisperForConditionalGeneration,
+    ),
+    "wavlm": (WavLMModel, {}, WavLMModel),
+    "whisper-decoder": (WhisperForCausalLM, {}, WhisperForConditionalGeneration),
+    "llama": (LlamaForCausalLM, {}, LlamaForCausalLM),
+}
+every_backbone = pytest.mark.parametrize("kind", BACKBONES)
+
+
+def load_kind(kind, root, **more):
+    model_class, options, _ = BACKBONES[kind]
+    name = kind.removesuffix("-decoder")
+    return load_pretrained(model_class, str(root / name), (name,), flag="--flag", **options, **more)
+
+
+def bits(model):
+    """The 4-bit weights' names in the state dict, and those of their tables."""
+    weights = {
+        f"{name}.weight"
+        for name, layer in model.named_modules()
+        if isinstance(layer, bitsandbytes.nn.Linear4bit)
+    }
+    return weights, {
+        n for n in model.state_dict() if n.rpartition(".weight.")[0] + ".weight" in weights
+    }
+
+
+@every_backbone
+def test_quantised_while_loading_is_what_quantising_afterwards_gives(tiny_checkpoints, kind):
+    model, expected = (
+        load_kind(kind, tiny_checkpoints, quantize=True),
+        load_kind(kind, tiny_checkpoints),
+    )
+    left_alone = quantize_4bit(expected)
+    linear = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    weights, tables = bits(model)
+    assert weights == {f"{name}.weight" for name in linear - set(left_alone)}
+    assert len(tables) == 5 * len(weights)  # scales and codes on two levels, and their type
+    one, two = model.state_dict(), expected.state_dict()
+    assert list(one) == list(two)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=0)
+    kinds = [[type(part).__name__ for part in each.modules()] for each in (model, expected)]
+    assert kinds[0] == kinds[1]
+    assert not any(part.training for part in model.modules())
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in expected.named_parameters() if not p.requires_grad}
+    merge_lora(model)  # Back to full precision, as it is on the whole.
+    merge_lora(expected)
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=0)
+
+
+@every_backbone
+def test_codes_do_not_depend_on_the_precision_of_the_rest(tiny_checkpoints, kind):
+    half = load_kind(kind, tiny_checkpoints, quantize=True, dtype=torch.bfloat16)
+    full = load_kind(kind, tiny_checkpoints, quantize=True)
+    weights, tables = bits(half)
+    one, two = half.state_dict(), full.state_dict()
+    assert list(one) == list(two)
+    for name in one:
+        if name.endswith("bitsandbytes__nf4"):  # which tells the precision after merging
+            continue
+        expected = two[name]
+        if name not in weights | tables and expected.is_floating_point():
+            expected = expected.bfloat16()
+        torch.testing.assert_close(one[name], expected, rtol=0, atol=0)
+    merge_lora(half)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_weights_in_full_precision_do_not_pile_up_while_loading(tiny_checkpoints, monkeypatch):
+    layers = LlamaForCausalLM.from_pretrained(tiny_checkpoints / "llama").model.named_modules()
+    shapes = [layer.weight.shape for _, layer in layers if isinstance(layer, nn.Linear)]
+    quantise = bitsandbytes.functional.quantize_4bit
+    alive = []
+
+    def watch(weight, *arguments, **options):
+        tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+        full = [t for t in tensors if t.dtype == torch.float32 and not t.is_meta]
+        alive.append({t.data_ptr() for t in full if t.shape in shapes})
+        assert weight.data_ptr() in alive[-1]
+        return quantise(weight, *arguments, **options)
+
+    monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", watch)
+    gc.collect()
+    gc.freeze()  # What there was before is not looked at.
+    try:
+        load_kind("llama", tiny_checkpoints, quantize=True)
+    finally:
+        gc.unfreeze()
+    assert len(alive) == len(shapes)
+    assert max(map(len, alive)) <= 2
+
+
+@every_backbone
+def test_the_fingerprint_tells_checkpoints_apart_and_nothing_else(tiny_checkpoints, tmp_path, kind):
+    name = kind.removesuffix("-decoder")
+    base = load_kind(kind, tiny_checkpoints).base
+    assert base.name == str(tiny_checkpoints / name)
+    assert len(base.fingerprint) == 16
+    for options in ({"dtype": torch.bfloat16}, {"quantize": True}):
+        assert load_kind(kind, tiny_checkpoints, **options).base == base
+    for number, dtype in enumerate((torch.float32, torch.bfloat16)):
+        whole = BACKBONES[kind][2].from_pretrained(tiny_checkpoints / name, dtype=dtype)
+        whole.save_pretrained(tmp_path / str(number) / name)
+        again = load_kind(kind, tmp_path / str(number)).base
+        assert again.name != base.name
+        assert again.fingerprint == base.fingerprint
+    other_values(tiny_checkpoints / name, tmp_path / "values" / name)
+    assert load_kind(kind, tmp_path / "values").base.fingerprint != base.fingerprint
+    config = AutoConfig.from_pretrained(tiny_checkpoints / name)
+    sizes = config.vision_config if kind == "clip" else config
+    for field in ("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim"):
+        if hasattr(sizes, field):
+            setattr(sizes, field, 192)
+    BACKBONES[kind][2](config).save_pretrained(tmp_path / "size" / name)
+    assert load_kind(kind, tmp_path / "size").base.fingerprint != base.fingerprint
+
+
+def test_bases_and_what_they_bring_back(tiny_checkpoints):
+    assert bases(nn.Linear(2, 2)) == {}
+    assert from_bases(nn.Linear(2, 2)) == set()
+    model = nn.ModuleDict({"part": nn.ModuleDict({"new": nn.Linear(64, 2)})})
+    model["part"]["backbone"] = load_kind("clip", tiny_checkpoints, quantize=True)
+    backbone = model["part"]["backbone"]
+    assert bases(model) == {"part.backbone": backbone.base}
+    backbone.requires_grad_(False)
+    state = set(model.state_dict())
+    new = {"part.new.weight", "part.new.bias"}
+    assert from_bases(model) == state - new
+    add_lora(backbone, rank=2, targets=["layers.1.self_attn.q_proj"])
+    backbone.post_layernorm.requires_grad_(True)
+    trained = {f"part.backbone.post_layernorm.{kind}" for kind in ("weight", "bias")}
+    prefix = "part.backbone.encoder.layers.1.self_attn.q_proj.lora_"
+    trained |= {f"{prefix}{side}.default.weight" for side in "AB"}
+    assert set(model.state_dict()) - from_bases(model) == new | trained
+    assert prefix.replace("lora_", "base_layer.weight.absmax") in from_bases(model)
+
+
+def test_the_checkpoint_loads_once_more_in_full_precision(tiny_checkpoints):
+    model = load_kind("whisper", tiny_checkpoints, quantize=True, dtype=torch.bfloat16)
+    del model.layers[1:]
+    whole, expected = model.load_plain(), load_kind("whisper", tiny_checkpoints)
+    assert whole.base == expected.base == model.base
+    assert type(whole) is type(expected)
+    assert whole.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(whole.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_errors_are_the_same_for_a_checkpoint_that_is_quantised(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: weight for key, weight in weights.items() if "layer.1" not in key}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"^--flag .* lacks 16 weights of ViTModel, such as lay"):
+        load_kind("vit", folder.parent, quantize=True)

@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.bnb import Linear4bit as AdaptedLinear4bit
 from torch import nn
 
+from espnet.nets import adaptation
+from espnet.nets.adaptation import AdaptationOptions
 from espnet.nets.pytorch_backend import qlora_utils
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
@@ -26,11 +28,15 @@ from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.nets_utils import keep_frozen_in_eval
 from espnet.nets.pytorch_backend.pretrained import enable_gradient_checkpointing
 from espnet.nets.pytorch_backend.qlora_utils import (
+    adapt_parts,
+    adapter_names,
     add_lora,
     apply_qlora,
     merge_lora,
     parameter_report,
+    plain_shapes,
     quantize_4bit,
+    to_adapted_names,
     trainable_parameters,
 )
 from espnet.utils import tiny_checkpoints
@@ -48,7 +54,7 @@ FRONTENDS = {
     "whisper": WhisperEncoder,
     "wavlm": WavLMEncoder,
 }
-PART = {"llama": "llama", "conformer": ""}  # what is adapted; of the others the backbone
+PART = {"conformer": ""}  # what is adapted; of the others the backbone
 KINDS = [*FRONTENDS, "whisper-decoder", "llama", "conformer"]
 ADAPTED = {  # layers: 4 or 5 of each attention, 2 or 3 of each feed-forward block
     "vit": 2 * 6,
@@ -434,7 +440,7 @@ def test_some_layers_are_left_alone(caplog):
         + feed_forward
     )
     assert caplog.messages == [
-        f"8 linear layers are in 4 bits now; left alone: {', '.join(left_alone)}"
+        f"8 linear layers of Tied are in 4 bits; left alone: {', '.join(left_alone)}"
     ]
     attentions = {f"{a}_attn.linear_{x}" for a in ("self", "src") for x in ("q", "k", "v", "out")}
     assert quantised(module).keys() == {f"decoder.decoders.0.{name}" for name in attentions}
@@ -457,6 +463,71 @@ def test_layers_are_quantised_one_by_one(monkeypatch):
     monkeypatch.setattr(qlora_utils, "_quantised", watch)
     quantize_4bit(module)
     assert alive == [4, 3, 2, 1]
+
+
+def test_plain_weights_are_quantised_when_they_are_loaded(make):
+    full, case = make("conformer", noise=0.1), make("conformer")
+    apply_qlora(case.part, rank=RANK, targets=["linear_q"])
+    original = full.part.state_dict()
+    state = to_adapted_names(case.part, original)
+    assert len(state) == len(original)
+    renamed = {name for name in state if name not in original}
+    assert renamed == {
+        f"encoders.{i}.self_attn.linear_q.base_layer.{kind}"
+        for i in (0, 1)
+        for kind in ("weight", "bias")
+    }
+    assert to_adapted_names(full.part, original) == original
+    shapes = plain_shapes(case.part)
+    assert shapes == {name: state[name].shape for name in shapes}
+    assert shapes.keys() == {f"{name}.weight" for name in quantised(case.part)}
+    before = snapshot(case.part)
+    missing, unexpected = case.part.load_state_dict(state, strict=False)
+    assert unexpected == []
+    in_4_bits = quantised(case.part)
+    tables = {name for name in before if name.startswith(tuple(f"{n}.weight." for n in in_4_bits))}
+    assert set(missing) - tables == adapter_names(case.part) != set()
+    quantize_4bit(full.part)
+    after = {name.replace(".base_layer", ""): value for name, value in snapshot(case.part).items()}
+    expected = full.part.state_dict()
+    assert same(expected, {name: after[name] for name in expected}) == set(expected)
+    assert not any(layer.weight.requires_grad for layer in in_4_bits.values())
+
+
+def parts_of_two():
+    return {
+        "first": nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)),
+        "second": nn.ModuleDict({"own": nn.Linear(WIDTH, WIDTH), "1": nn.Linear(WIDTH, WIDTH)}),
+    }
+
+
+@pytest.mark.parametrize("how", ["use_lora", "use_qlora"])
+def test_parts_share_targets(how, caplog):
+    parts = parts_of_two()
+    targets = ("0", "1", "own")
+    options = {how: True, "lora_rank": 2, "lora_alpha": 6.0, "lora_dropout": 0.25}
+    with caplog.at_level("INFO"):
+        adapt_parts(parts, AdaptationOptions(lora_targets=targets, **options))
+    assert adapted(parts["first"]).keys() == {"0", "1"}
+    assert adapted(parts["second"]).keys() == {"own", "1"}
+    assert bool(quantised(parts["first"])) == (how == "use_qlora")
+    layer = parts["second"]["own"]
+    assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (3.0, 0.25)
+    assert layer.lora_A["default"].weight.shape == (2, WIDTH)
+    reports = [message for message in caplog.messages if "with adapters: " in message]
+    assert [message.split()[0] for message in reports] == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (("0", "own", "none"), "target none matches no linear layer of first and second: choose"),
+        (("own",), "LoRA target own matches no linear layer of Sequential: choose among 0, 1$"),
+    ],
+)
+def test_each_target_is_in_a_part_and_each_part_has_a_target(targets, message):
+    with pytest.raises(ValueError, match=message):
+        adapt_parts(parts_of_two(), AdaptationOptions(use_lora=True, lora_targets=targets))
 
 
 def test_report_counts_what_there_is():
@@ -546,7 +617,7 @@ def test_error_of_a_package_that_does_not_work(monkeypatch):
 
 def test_packages_are_required_as_the_requirements_say():
     lines = (Path(__file__).parents[4] / "requirements.txt").read_text().splitlines()
-    assert set(qlora_utils.REQUIREMENTS.values()) <= set(lines)
+    assert set(adaptation.REQUIREMENTS.values()) <= set(lines)
 
 
 def test_packages_are_imported_when_they_are_used():

@@ -147,7 +147,7 @@ def test_prefix_agrees_with_embeddings_by_hand(tmp_path, tied):
 def test_prefix_begins_at_the_size_of_token_embeddings(checkpoint):
     decoder = make_decoder(checkpoint, "prefix")
     embeddings, _ = decoder.memory_prefix(torch.randn(1, 30, MEMORY_DIM), torch.tensor([30]))
-    expected = decoder.llama.model.embed_tokens.weight.square().mean().sqrt()
+    expected = decoder.backbone.model.embed_tokens.weight.square().mean().sqrt()
     # The norm's epsilon takes a little away.
     torch.testing.assert_close(embeddings.square().mean().sqrt(), expected, rtol=1e-3, atol=0)
 
@@ -307,11 +307,11 @@ def test_beam_search_finds_no_worse_than_generate(checkpoint, conditioning):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_frozen_base_stays_and_what_is_new_is_trained(checkpoint, conditioning):
     decoder = open_gates(make_decoder(checkpoint, conditioning)).train()
-    assert not decoder.llama.training
-    assert all(not module.training for module in decoder.llama.modules())
+    assert not decoder.backbone.training
+    assert all(not module.training for module in decoder.backbone.modules())
     before = {name: value.clone() for name, value in decoder.state_dict().items()}
     trained = {name for name, value in decoder.named_parameters() if value.requires_grad}
-    assert trained == {name for name in before if not name.startswith("llama.")}
+    assert trained == {name for name in before if not name.startswith("backbone.")}
     optimizer = torch.optim.SGD(decoder.parameters(), lr=0.1)
     decoder(*batch()).square().mean().backward()
     for name, value in decoder.named_parameters():
@@ -338,7 +338,7 @@ def test_gates_get_the_first_gradients(checkpoint):
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_unfrozen_base_is_trained_whole(checkpoint, conditioning):
     decoder = open_gates(make_decoder(checkpoint, conditioning, freeze=False)).train()
-    assert decoder.llama.training
+    assert decoder.backbone.training
     decoder(*batch()).square().mean().backward()
     for name, value in decoder.named_parameters():
         assert value.grad.isfinite().all(), name
@@ -359,7 +359,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(checkpoint, conditionin
         )
         open_gates(decoder).train()
         count = []
-        layer = decoder.llama.model.layers[1]
+        layer = decoder.backbone.model.layers[1]
         layer.register_forward_pre_hook(lambda *_, seen=count: seen.append(1))
         torch.manual_seed(4)
         decoder(*batch()).square().mean().backward()
@@ -381,7 +381,7 @@ def test_low_precision(checkpoint, conditioning, dtype, autocast):
     close = {"atol": 0.3, "rtol": 0.0}  # bfloat16 has steps of 2^-5 at the logits' size of 4 to 8
     with torch.no_grad():
         exact = decoder(tokens, memory, lengths).log_softmax(dim=-1)
-        decoder.llama.to(dtype)
+        decoder.backbone.to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             rounded = decoder(tokens, memory, lengths).float().log_softmax(dim=-1)
             torch.testing.assert_close(rounded, exact, **close)

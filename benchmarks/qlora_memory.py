@@ -1,0 +1,685 @@
+"""Measures what QLoRA saves: bytes of weights, and the peak memory of training steps.
+
+`python benchmarks/qlora_memory.py [--device cpu|cuda]`, in the repository's root, prints two
+tables; three minutes on two CPU cores. If these have other work too, set OMP_NUM_THREADS=1.
+`--table weights` and `--table steps` print one table, `--llama 1b` and `8b` some of its rows.
+All weights are random, in the shapes of published checkpoints.
+
+The first table is for the parts that can be in 4 bits. All of a part is in bfloat16 before
+`quantize_4bit`, and what that leaves alone is so afterwards. The ratio with a target is that of
+the linear layers but the output layer: one that stayed in bfloat16 would count against it.
+
+The second table is for whole recognisers. They load checkpoints from a temporary folder as they
+would load published ones, LLaMA's in bfloat16, and take two steps on noise of different lengths,
+padded: forward, backward and AdamW, which has its moments in the second step. Each way of
+training has a process of its own. On a CPU, its memory is what Linux counts as resident, in which
+mapped files of weights are included, and training is in float32; on a GPU, memory is that of
+PyTorch's tensors, and training is in bfloat16 by autocast. LLaMA gets the memory as a prefix: the
+gated blocks of cross-attention would be 1.4 billion further trained parameters for 8B.
+
+On a CPU, LLaMA has 4 of the 16 layers of Llama-3.2-1B. On a GPU, it has all, and the shape of
+Llama-3.1-8B follows, which takes 17 GB in the temporary folder (TMPDIR) and in the host's memory.
+There, video goes through CLIP 32 frames at a time (`--vision-chunk-frames`), not 128: the
+activations of such a chunk, which its backward pass computes again, would take most of what
+training takes beside the weights.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from argparse import SUPPRESS, ArgumentParser
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, WhisperForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import decode, encoders
+from espnet.nets.encoders import VISION_ENCODERS
+from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
+from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME
+from espnet.nets.pytorch_backend.qlora_utils import (
+    OUTPUT_LAYERS,
+    parameter_report,
+    quantize_4bit,
+    trainable_parameters,
+)
+from espnet.utils.tiny_checkpoints import LLAMA3_ROPE
+
+STATUS = Path("/proc/self/status")
+WEIGHT_TARGET = 0.3  # of the bytes in bfloat16
+GPU_TARGET = 12e9  # bytes
+STEPS = 2  # the moments are there in the second one
+FRAME_RATE = 25  # Hz
+TOKEN_RATE = 4  # tokens a second of speech
+FULL_BYTES = 16  # of a parameter that is trained in float32: itself, its gradient, two moments
+LARGEST = 64e9  # bytes of LLaMA alone with which it is trained in full
+FRAMES = {  # of the utterances of a batch
+    "cpu": (100, 92, 60, 48),
+    "cuda": (200, 180, 160, 140, 110, 90, 70, 50),
+}
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """A part's bytes in 4 bits and in bfloat16.
+
+    Attributes:
+        part: Its name.
+        linear: Bytes of its linear layers but the output layer, in 4 bits.
+        linear_bfloat16: The same in bfloat16.
+        whole: Bytes of all of it, after its linear layers went into 4 bits.
+        whole_bfloat16: The same in bfloat16.
+        left_alone: Bytes of what is not in 4 bits, by kind.
+    """
+
+    part: str
+    linear: int
+    linear_bfloat16: int
+    whole: int
+    whole_bfloat16: int
+    left_alone: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        """The ratio that the target is for."""
+        return self.linear / self.linear_bfloat16
+
+    def __str__(self) -> str:
+        """The row in Markdown."""
+        left_alone = ", ".join(
+            f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()
+        )
+        cells = [
+            self.part,
+            _megabytes(self.linear),
+            _megabytes(self.linear_bfloat16),
+            f"{self.ratio:.3f}",
+            f"at most {WEIGHT_TARGET:.2f}: {_verdict(self.ratio <= WEIGHT_TARGET)}",
+            f"{_megabytes(self.whole)} of {_megabytes(self.whole_bfloat16)}",
+            f"{self.whole / self.whole_bfloat16:.3f}",
+            left_alone,
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+def measure_weights(part: str, module: nn.Module) -> WeightRow:
+    """Puts a part into 4 bits, and counts its bytes before and after.
+
+    Args:
+        part: Its name.
+        module: The part, in bfloat16.
+
+    Returns:
+        A row of the first table.
+    """
+    names = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] not in OUTPUT_LAYERS
+    ]
+
+    def count() -> tuple[int, int]:
+        layers = nn.ModuleList(module.get_submodule(name) for name in names)
+        return parameter_report(layers).bytes, parameter_report(module).bytes
+
+    linear_bfloat16, whole_bfloat16 = count()
+    quantize_4bit(module)
+    linear, whole = count()
+    return WeightRow(part, linear, linear_bfloat16, whole, whole_bfloat16, left_alone(module))
+
+
+def left_alone(module: nn.Module) -> dict[str, int]:
+    """Bytes of what a quantised module has in another precision, by kind, the largest first.
+
+    Biases of layers whose weight is in 4 bits are left out: they count with the weight.
+
+    Args:
+        module: The module.
+    """
+    sizes: Counter[str] = Counter()
+    seen: set[int] = set()
+    for name, layer in module.named_modules():
+        own = list(layer.parameters(recurse=False))
+        if any(getattr(parameter, "quant_state", None) is not None for parameter in own):
+            continue
+        # A weight that is normalised has a module of its own, in the layer that it is for.
+        name = name.partition(".parametrizations.")[0]
+        kind = _kind(module.get_submodule(name), name)
+        for parameter in own:
+            sizes[kind] += 0 if id(parameter) in seen else parameter.nbytes
+            seen.add(id(parameter))
+    return {kind: size for kind, size in sizes.most_common() if size}
+
+
+def _kind(layer: nn.Module, name: str) -> str:
+    if isinstance(layer, nn.Linear):
+        return "output layer" if name.rpartition(".")[2] in OUTPUT_LAYERS else "linear layers"
+    if "Norm" in type(layer).__name__:
+        return "norms"
+    kinds = {"embeddings": nn.Embedding, "convolutions": (nn.Conv1d, nn.Conv2d)}
+    return next((kind for kind, classes in kinds.items() if isinstance(layer, classes)), "others")
+
+
+def published_parts() -> dict[str, Callable[[], nn.Module]]:
+    """What builds the parts that can be in 4 bits, with random weights, by their names."""
+
+    def encoder(name: str) -> nn.Module:
+        with encoders.checkpoint(name) as folder:
+            return encoders.load_encoder(name, folder, torch.device("cpu")).backbone
+
+    whisper = decode.whisper_checkpoint().config
+    llama = decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS).config
+    titles = {**encoders.TITLES, "whisper": f"{encoders.TITLES['whisper']}, encoder"}
+    return {title: partial(encoder, name) for name, title in titles.items()} | {
+        "Whisper small, decoder": partial(WhisperForCausalLM, whisper),
+        "Llama-3.2-1B": partial(random_llama, llama),
+        "Conformer, 12 blocks": partial(
+            ConformerEncoder,
+            attention_dim=768,
+            attention_heads=12,
+            linear_units=3072,
+            num_blocks=12,
+            cnn_module_kernel=31,
+            dropout_rate=0.1,
+        ),
+    }
+
+
+def random_llama(config: LlamaConfig) -> PreTrainedModel:
+    """Builds a LLaMA in bfloat16, to be counted or saved: what is not saved is not set.
+
+    Args:
+        config: Its shape.
+
+    Returns:
+        The model. Its weights are drawn one by one in float32, which is six times faster than
+        PyTorch's drawing in bfloat16, and takes less memory than drawing all of them so.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    with torch.no_grad():
+        for weight in model.parameters():
+            is_norm = weight.dim() == 1
+            weight.copy_(1.0 if is_norm else torch.randn(weight.shape) * config.initializer_range)
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A recogniser that is trained in several ways.
+
+    Attributes:
+        title: What it is.
+        encoders: Names of the pretrained encoders.
+        llama: The decoder's checkpoint.
+        ways: Options of `E2E` by the name of the way of training that they make.
+        target: Most bytes of QLoRA's peak; None for no target.
+    """
+
+    title: str
+    encoders: tuple[str, ...]
+    llama: decode.Checkpoint
+    ways: Mapping[str, Mapping[str, Any]]
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a process is to do.
+
+    Attributes:
+        options: Arguments of `E2E` by name.
+        frames: Frames of the utterances of a batch.
+    """
+
+    options: dict[str, Any]
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What training took, in bytes.
+
+    Attributes:
+        trained: Number of trained parameters.
+        total: Number of all parameters.
+        weights: All parameters.
+        before: What the process had before the model was built.
+        loading: Peak while the model was built and moved to the device.
+        steps: Peak of the steps.
+    """
+
+    trained: int
+    total: int
+    weights: int
+    before: int
+    loading: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """A row of the second table.
+
+    Attributes:
+        case: The recogniser.
+        way: Of training.
+        memory: What it took, or why that is not known.
+        target: Most bytes of the peak; None for no target.
+    """
+
+    case: str
+    way: str
+    memory: StepMemory | str
+    target: float | None = None
+
+    def __str__(self) -> str:
+        """The row in Markdown."""
+        cells = [self.case, self.way]
+        if isinstance(self.memory, str):
+            return f"| {' | '.join([*cells, *([''] * 5), self.memory])} |"
+        memory = self.memory
+        cells.append(f"{memory.trained:,} of {memory.total:,}")
+        for size in (memory.weights, memory.before, memory.loading, memory.steps):
+            cells.append(_gigabytes(size))
+        if self.target is None:
+            return f"| {' | '.join([*cells, ''])} |"
+        reached = max(memory.loading, memory.steps) < self.target
+        cells.append(f"under {self.target / 1e9:g} GB: {_verdict(reached)}")
+        return f"| {' | '.join(cells)} |"
+
+
+NO_CONFORMER = {"elayers": 0}
+SMALL_CHUNKS = {"vision_chunk_frames": 32}
+LORA = {**NO_CONFORMER, "use_lora": True}
+QLORA = {**NO_CONFORMER, "use_qlora": True}
+
+
+def full(*parts: str) -> dict[str, Any]:
+    """Options that train all of some parts, of `vision_encoder`, `audio_encoder`, `decoder`."""
+    return NO_CONFORMER | {f"freeze_{part}": False for part in parts}
+
+
+def cases(device: str) -> dict[str, Case]:
+    """The recognisers that are trained, by the size of their LLaMA.
+
+    Args:
+        device: `cpu` or `cuda`.
+    """
+    if device == "cpu":
+        case = Case(
+            "Whisper small, Llama-3.2-1B with 4 of 16 layers",
+            ("whisper",),
+            decode.llama_checkpoint("prefix", 4),
+            {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA},
+        )
+        return {"1b": case}
+    parts = ("vision_encoder", "audio_encoder", "decoder")
+    return {
+        "1b": Case(
+            "CLIP ViT-B/16, Whisper small, Llama-3.2-1B",
+            ("clip", "whisper"),
+            decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS),
+            {"full": full(*parts), "LoRA": LORA, "QLoRA": QLORA},
+        ),
+        "8b": Case(
+            "CLIP ViT-B/16 in chunks of 32 frames, Whisper small, Llama-3.1-8B",
+            ("clip", "whisper"),
+            llama_8b_checkpoint(),
+            {
+                "full": full(*parts),
+                "LoRA": {**LORA, **SMALL_CHUNKS},
+                "QLoRA": {**QLORA, **SMALL_CHUNKS},
+                "QLoRA, and a Conformer of 12 blocks": {"use_qlora": True, **SMALL_CHUNKS},
+            },
+            target=GPU_TARGET,
+        ),
+    }
+
+
+def llama_8b_checkpoint() -> decode.Checkpoint:
+    """Describes a LLaMA in the shape of meta-llama/Llama-3.1-8B."""
+    smaller = decode.llama_checkpoint("prefix", 32)
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=smaller.config.bos_token_id,
+        eos_token_id=smaller.config.eos_token_id,
+    )
+    return decode.Checkpoint("Llama-3.1-8B", config, smaller.prompt, smaller.eos)
+
+
+@contextmanager
+def checkpoints(case: Case) -> Iterator[dict[str, Any]]:
+    """Writes the checkpoints of a recogniser.
+
+    Args:
+        case: The recogniser.
+
+    Yields:
+        Options of `E2E` that are the same in each way of training. The folders that they name are
+        removed at the end.
+    """
+    llama = case.llama
+    options = {
+        "odim": llama.config.vocab_size + 1,
+        "modality": "audiovisual" if len(case.encoders) > 1 else "audio",
+        "prompt": llama.prompt,
+        "sos": llama.prompt[-1] + 1,
+        "eos": llama.eos + 1,
+        "decoder": "llama",
+        "llama_conditioning": "prefix",
+    }
+    with ExitStack() as stack:
+        for name in case.encoders:
+            part = "vision_encoder" if name in VISION_ENCODERS else "audio_encoder"
+            options[part] = name
+            options[f"{part}_name"] = stack.enter_context(encoders.checkpoint(name))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        random_llama(llama.config).save_pretrained(folder)
+        yield options | {"decoder_name": folder}
+
+
+def measure_case(case: Case, frames: tuple[int, ...], device: str) -> Iterator[StepRow]:
+    """Trains a recogniser in several ways, each in a process of its own.
+
+    Args:
+        case: The recogniser.
+        frames: Frames of the utterances of a batch.
+        device: `cpu` or `cuda`.
+
+    Yields:
+        Rows of the second table.
+    """
+    with checkpoints(case) as options:
+        for way, more in case.ways.items():
+            if reason := too_large(case, more):
+                yield StepRow(case.title, way, reason)
+                continue
+            memory = run_apart(Plan(options | more, frames), device)
+            yield StepRow(case.title, way, memory, case.target if "use_qlora" in more else None)
+
+
+def too_large(case: Case, options: Mapping[str, Any]) -> str:
+    """Why a way of training is left out: a GPU that can hold an 8B LLaMA trained in full is rare.
+
+    Args:
+        case: The recogniser.
+        options: Of the way of training.
+
+    Returns:
+        The reason, empty if there is none.
+    """
+    if options.get("freeze_decoder", True):
+        return ""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(case.llama.config)
+    number = parameter_report(model).total
+    if FULL_BYTES * number < LARGEST:
+        return ""
+    return (
+        f"not run: LLaMA's {number:,} parameters with gradients and moments alone take "
+        f"{_gigabytes(FULL_BYTES * number)} GB"
+    )
+
+
+def run_apart(plan: Plan, device: str) -> StepMemory | str:
+    """Carries out a plan in a process of its own.
+
+    Args:
+        plan: What to do.
+        device: `cpu` or `cuda`.
+
+    Returns:
+        What it took, or how the process ran out of memory.
+
+    Raises:
+        RuntimeError: If the process fails in another way; it has then said how.
+    """
+    command = [sys.executable, __file__, "--device", device, "--plan", json.dumps(asdict(plan))]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode == -9:
+        return "was killed, as a process is that takes more memory than there is"
+    if process.returncode:
+        raise RuntimeError(f"a process that trains ended with status {process.returncode}")
+    result = json.loads(process.stdout.splitlines()[-1])
+    return result if isinstance(result, str) else StepMemory(**result)
+
+
+def carry_out(plan: Plan, device: torch.device) -> StepMemory:
+    """Builds a recogniser and trains it for some steps.
+
+    Args:
+        plan: What to do.
+        device: Where.
+
+    Returns:
+        What it took.
+    """
+    torch.manual_seed(0)
+    x, lengths, targets = make_batch(plan, device)
+    before = Memory.since_start(device).now
+    model = E2E(**plan.options).to(device)
+    loading = Memory.since_start(device).peak
+    forget_peak(device)
+    train(model, (x, lengths, targets), device)
+    report = parameter_report(model)
+    return StepMemory(
+        trained=report.trainable,
+        total=report.total,
+        weights=report.bytes,
+        before=before,
+        loading=loading,
+        steps=Memory.since_start(device).peak,
+    )
+
+
+def make_batch(
+    plan: Plan, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """Makes a batch as the data module does: noise, padded with zeros, and random tokens.
+
+    Args:
+        plan: Tells lengths, streams and vocabulary.
+        device: Where it is to be.
+
+    Returns:
+        What `E2E.forward` takes: streams, their lengths, and targets padded with -1.
+    """
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.tensor(plan.frames)
+
+    def noise(lengths: Tensor, *shape: int) -> Tensor:
+        waves = [torch.randn(length, *shape, generator=generator) for length in lengths.tolist()]
+        return pad_sequence(waves, batch_first=True).to(device)
+
+    samples = frames * SAMPLES_PER_FRAME
+    x = {"audio": 0.1 * noise(samples, 1)}
+    lengths = {"audio": samples.to(device)}
+    if plan.options["modality"] == "audiovisual":
+        x["video"] = noise(frames, 1, encoders.CROP, encoders.CROP)
+        lengths["video"] = frames.to(device)
+    last = plan.options["eos"] - 1  # Special tokens follow the others.
+    tokens = [
+        torch.randint(1, last, (count,), generator=generator)
+        for count in (frames * TOKEN_RATE // FRAME_RATE).tolist()
+    ]
+    targets = pad_sequence(tokens, batch_first=True, padding_value=-1).to(device)
+    return x, lengths, targets
+
+
+def train(
+    model: E2E, batch: tuple[dict[str, Tensor], dict[str, Tensor], Tensor], device: torch.device
+) -> None:
+    """Takes steps on a batch, with AdamW for all trainable parameters.
+
+    Args:
+        model: The recogniser, in training mode.
+        batch: What its `forward` takes.
+        device: Where they are; on a GPU, in bfloat16 by autocast.
+
+    Raises:
+        RuntimeError: If the loss is not finite.
+    """
+    on_gpu = device.type == "cuda"
+    # As in training: with autocast, gradients of a fused step could not be clipped.
+    optimizer = torch.optim.AdamW(trainable_parameters(model), fused=not on_gpu)
+    for _ in range(STEPS):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            loss, *_ = model(*batch)
+        if not loss.isfinite():
+            raise RuntimeError(f"the loss is {loss.item()}: such a step would show nothing")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in bytes: resident on a CPU, of tensors on a GPU.
+
+    Attributes:
+        now: What is in use.
+        peak: The most since the start, or since `forget_peak`.
+    """
+
+    now: int
+    peak: int
+
+    @classmethod
+    def since_start(cls, device: torch.device) -> "Memory":
+        """Reads it."""
+        if device.type == "cuda":
+            return cls(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+        # `getrusage` would not do: its peak may be that of the process that started this one.
+        lines = STATUS.read_text().splitlines()
+        sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
+        return cls(*(1024 * int(sizes[key].removesuffix("kB")) for key in ("VmRSS", "VmHWM")))
+
+
+def forget_peak(device: torch.device) -> None:
+    """Makes the peak what is in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.1f}"
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:,.2f}"
+
+
+def _verdict(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
+def build_parser() -> ArgumentParser:
+    """Builds the command line's parser."""
+    parser = ArgumentParser(description="Measure the memory that QLoRA takes and saves.")
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="where to compute (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--table", choices=["weights", "steps"], help="print this table only (default: both)"
+    )
+    parser.add_argument(
+        "--llama",
+        choices=["1b", "8b"],
+        help="train recognisers with this LLaMA only (default: 1b on a CPU, both on a GPU)",
+    )
+    parser.add_argument("--plan", help=SUPPRESS)  # what a process of its own is to do, as JSON
+    return parser
+
+
+def print_weights(device: torch.device) -> None:
+    """Measures the parts one after the other, and prints the first table."""
+    print("| part | linear layers in 4 bits (MB) | in bfloat16 (MB) | ratio | target |", end="")
+    print(" whole part (MB) | ratio | left alone (MB) |")
+    print(f"|{'---|' * 8}", flush=True)
+    for part, build in published_parts().items():
+        print(measure_weights(part, build().to(device, torch.bfloat16)), flush=True)
+
+
+def print_steps(device: str, llama: str | None) -> None:
+    """Trains the recognisers, all or those with one LLaMA, and prints the second table."""
+    frames = FRAMES[device]
+    print(
+        f"{len(frames)} utterances, {sum(frames)} video frames, {sum(frames) / FRAME_RATE:g} s "
+        f"of audio; without padding; no Conformer unless it is named; {STEPS} steps\n"
+    )
+    print("| what | trained | trained parameters | weights (GB) | before (GB) |", end="")
+    print(" peak of loading (GB) | peak of the steps (GB) | target |")
+    print(f"|{'---|' * 8}", flush=True)
+    for size, case in cases(device).items():
+        if llama in (None, size):
+            for row in measure_case(case, frames, device):
+                print(row, flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but PyTorch finds no GPU: choose --device cpu")
+    if options.device == "cpu" and options.table != "weights" and not STATUS.exists():
+        parser.error(f"{STATUS} is missing, where Linux tells the peak: choose --table weights")
+    if options.llama and options.llama not in cases(options.device):
+        parser.error(f"--llama {options.llama} needs --device cuda")
+    transformers_logging.disable_progress_bar()
+    device = torch.device(options.device)
+    if options.plan:
+        try:
+            result = asdict(carry_out(Plan(**json.loads(options.plan)), device))
+        except torch.cuda.OutOfMemoryError as error:
+            result = f"out of memory: {str(error).splitlines()[0]}"
+        print(json.dumps(result))
+        return
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, bitsandbytes "
+        f"{version('bitsandbytes')}, peft {version('peft')}, {where}, {torch.get_num_threads()} "
+        "CPU threads\n"
+    )
+    if options.table != "steps":
+        print_weights(device)
+    if options.table is None:
+        print()
+    if options.table != "weights":
+        print_steps(options.device, options.llama)
+
+
+if __name__ == "__main__":
+    main()

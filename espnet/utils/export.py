@@ -1,0 +1,153 @@
+"""Makes a stand-alone model of a run: adapters merged, full precision, with all that it loads.
+
+python -m espnet.utils.export exp/qlora OUT
+python eval.py --pretrained-model-path OUT/model.pth --root-dir DATA --test-file test.csv
+"""
+
+import shutil
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from espnet.utils.model_options import complete_model
+from espnet.utils.option_checks import evaluation_problems
+from espnet.utils.options import OneLineParser, eval_parser, one_line
+from espnet.utils.run_config import find_vocabulary, load_config, parse_eval_args, save_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FOLDERS = {
+    "video_frontend.backbone": "vision_encoder",
+    "audio_frontend.backbone": "audio_encoder",
+    "decoder.backbone": "decoder",
+}
+SMALL_FILES = ("*.json", "*.txt", "*.model")  # tokenizers, image processors
+# What an exported model need not know of its training.
+FORGOTTEN = {
+    "use_qlora": False,
+    "use_lora": False,
+    "qlora_parts": None,
+    "lora_targets": None,
+    "freeze_vision_encoder": None,
+    "freeze_audio_encoder": None,
+    "freeze_decoder": None,
+    "decoder_dtype": "auto",
+    "unfreeze_last_layers": 0,
+}
+
+
+def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
+    """Exports the model of a run.
+
+    Args:
+        run: Folder of the run, whose averaged weights are taken, or a checkpoint in it.
+        out: Folder to write: `config.yaml`, `model.pth`, the SentencePiece model if there is one,
+            and a folder that transformers can load for each pretrained part.
+        parser: Ends with an error for options that contradict each other.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: If `out` is not empty, or there is no checkpoint, or it cannot be loaded.
+    """
+    checkpoint = find_checkpoint(run)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists: give a new or an empty folder to write to")
+    words = ["--pretrained-model-path", str(checkpoint), "--root-dir", str(checkpoint.parent)]
+    args, modality = parse_eval_args(eval_parser(), words)
+    problems = evaluation_problems(args, modality)
+    if problems := [text for text in problems if not text.startswith("--test-file")]:
+        parser.error("; ".join(problems))
+    args.modality, args.decoder_dtype = modality, "float32"
+    complete_model(args, modality)
+    find_vocabulary(args, parser)
+
+    from espnet.nets.pytorch_backend.pretrained import bases
+    from espnet.nets.pytorch_backend.qlora_utils import merge_lora
+    from espnet.utils.building import build_model, build_text_transform
+    from espnet.utils.checkpoint import load_model, trained_content
+    from espnet.utils.checkpoint_io import save_whole
+    from espnet.utils.trainer import set_up_logging
+
+    set_up_logging(debug=False)
+    model = build_model(args, modality, build_text_transform(args))
+    load_model(model, checkpoint)
+    merge_lora(model)
+    out.mkdir(parents=True, exist_ok=True)
+    options = {**load_config(str(checkpoint)), **FORGOTTEN}
+    versions = options.pop("versions", {})
+    for part in bases(model):
+        folder = FOLDERS[part]
+        export_base(model.get_submodule(part), out / folder)
+        options[f"{folder}_name"] = folder
+    for name in ("sp_model_path", "dict_path"):
+        if path := getattr(args, name):
+            options[name] = Path(shutil.copy(path, out)).name
+    save_config(Namespace(**options), out / "config.yaml", versions)
+
+    weights = out / "model.pth"
+    args, _ = parse_eval_args(eval_parser(), ["--pretrained-model-path", str(weights), *words[2:]])
+    complete_model(args, modality)
+    exported = build_model(args, modality, build_text_transform(args))
+    exported.load_state_dict(model.state_dict(), strict=False)  # Parts may have layers cut off.
+    save_whole(trained_content(exported), weights)
+    return sorted(out.iterdir())
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The averaged weights of a run, or the checkpoint itself."""
+    if not run.is_dir():
+        if not run.is_file():
+            raise ValueError(f"{run} does not exist: give the folder of a run, or a checkpoint")
+        return run
+    averages = sorted(run.glob("model_avg_*.pth"), key=lambda path: path.stat().st_mtime)
+    if not averages:
+        raise ValueError(
+            f"{run} holds no model_avg_N.pth: name one of its checkpoints, {run}/last.ckpt say"
+        )
+    return averages[-1]
+
+
+def export_base(backbone: "nn.Module", folder: Path) -> None:
+    """Writes a pretrained part as transformers would: whole, with the weights that it has now.
+
+    Args:
+        backbone: The part, merged; layers that are not used may have been cut off.
+        folder: To write to.
+    """
+    from huggingface_hub import snapshot_download
+
+    name = backbone.base.name
+    source = Path(name)
+    if not source.is_dir():
+        source = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
+    folder.mkdir()
+    for pattern in SMALL_FILES:
+        for path in source.glob(pattern):
+            if not path.name.endswith(".index.json"):
+                shutil.copy(path, folder)
+    whole = backbone.load_plain()
+    whole.load_state_dict(backbone.state_dict(), strict=False)
+    whole.save_pretrained(folder, save_original_format=False)  # Its way back needs plain names.
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = OneLineParser(
+        prog="python -m espnet.utils.export",
+        description="Merge the adapters of a run and write a stand-alone model in full precision.",
+    )
+    parser.add_argument("run", type=Path, help="folder of the run, or one of its checkpoints")
+    parser.add_argument("out", type=Path, help="folder to write; eval.py takes its model.pth")
+    args = parser.parse_args(argv)
+    try:
+        files = export(args.run, args.out, parser)
+    except (ValueError, OSError) as error:
+        parser.error(one_line(error))
+    print("Exported:", *files, sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()

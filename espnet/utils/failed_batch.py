@@ -1,0 +1,167 @@
+"""What a training step failed at: its utterances are written down, lack of memory has remedies."""
+
+import json
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from datamodule.label_list import LabelList
+from espnet.nets.decoders import DECODERS
+from espnet.nets.encoders import TABLES
+from espnet.utils.checkpoint_io import whole_file
+
+# Where torch has no class for it: the CPU's allocator, and libraries that allocate by themselves.
+MEMORY_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "ALLOC_FAILED")
+# What gloo and NCCL say in the processes that are left when another one has failed.
+PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exited")
+
+logger = logging.getLogger(__name__)
+
+
+class FailedBatch(pl.Callback):
+    """Writes the batch of a step that raised an error to `failed_batch.json`.
+
+    Args:
+        folder: Of the run; None writes nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._begun: tuple[dict[str, Any], int | None] | None = None  # batch and its number
+        self._record: dict[str, Any] | None = None  # of what failed
+        self._file: Path | None = None
+
+    def begin(self, batch: dict[str, Any], number: int | None) -> None:
+        """Notes what is being computed.
+
+        Args:
+            batch: As `collate_pad` makes it.
+            number: Of the batch within its epoch; None before the first epoch.
+        """
+        self._begun = batch, number
+
+    def end(self) -> None:
+        """Notes that it went well."""
+        self._begun = None
+
+    def on_train_batch_start(
+        self,
+        trainer: pl.Trainer,  # noqa: ARG002
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        batch: dict[str, Any],
+        batch_idx: int,
+    ) -> None:
+        """Begins."""
+        self.begin(batch, batch_idx)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ends."""
+        self.end()
+
+    def on_exception(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,  # noqa: ARG002
+        exception: BaseException,
+    ) -> None:
+        """Writes the file and a line to the log, if a step was under way."""
+        if self._begun is None or not isinstance(exception, Exception):
+            return
+        if is_of_other_process(exception):
+            return  # This process's batch has nothing to do with it.
+        batch, number = self._begun
+        self._record = {
+            "epoch": trainer.current_epoch,
+            "batch": number,
+            "process": trainer.global_rank,
+            "error": f"{type(exception).__name__}: {exception}",
+            **describe(batch["indices"].tolist(), trainer.datamodule.train_dataset.labels),
+        }
+        if self.folder is None:
+            return
+        rank = f"_rank{trainer.global_rank}" if trainer.global_rank else ""
+        path = self.folder / f"failed_batch{rank}.json"
+        try:
+            with whole_file(path) as unfinished:
+                unfinished.write_text(json.dumps(self._record, indent=1, ensure_ascii=False))
+        except OSError as error:  # The error of the step is the one to be seen.
+            logger.error("%s", error)
+            return
+        self._file = path
+        size = in_words(self._record)
+        logger.error("A batch of %s failed: its utterances are named in %s", size, path)
+
+    def remedy(self, error: BaseException, args: Namespace) -> str | None:
+        """Says in a line what to do about an error, if it was a lack of memory, here or elsewhere.
+
+        Args:
+            error: What `Trainer.fit` has raised.
+            args: Options of the run.
+
+        Returns:
+            The line; None for other errors, and for those outside of training steps.
+        """
+        if is_of_other_process(error):
+            return "another process of the run has failed: see its own message"
+        if self._record is None or not is_out_of_memory(error):
+            return None
+        named = f" (named in {self._file})" if self._file else ""
+        return (
+            f"out of memory at a batch of {in_words(self._record)}{named}: lower --max-frames (now "
+            f"{args.max_frames}){''.join(f', or {way}' for way in _other_ways(args))}"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a lack of memory, on a GPU or in the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_MESSAGES)
+    )
+
+
+def is_of_other_process(error: BaseException) -> bool:
+    """Whether an error only says that another process is not there any more."""
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_MESSAGES)
+
+
+def describe(indices: list[int], labels: LabelList) -> dict[str, Any]:
+    """Names the utterances of a batch.
+
+    Args:
+        indices: Their places in the list.
+        labels: The list.
+
+    Returns:
+        `frames` of the batch, padding included, and `utterances`: for each its id, its frames and
+        its line in the list.
+    """
+    frames = [int(labels.num_frames[index]) for index in indices]
+    utterances = [
+        {"id": labels.utterance_id(index), "frames": number, "line": labels.where(index)}
+        for index, number in zip(indices, frames, strict=True)
+    ]
+    return {"frames": len(frames) * max(frames, default=0), "utterances": utterances}
+
+
+def in_words(record: dict[str, Any]) -> str:
+    """The size of a batch that `describe` has described."""
+    number = len(record["utterances"])
+    return f"{number} utterance{'s' * (number != 1)} and {record['frames']} frames"
+
+
+def _other_ways(args: Namespace) -> list[str]:
+    """Flags that save memory and are not given, where there is something pretrained."""
+    encoders = {"vision": args.vision_encoder, "audio": args.audio_encoder}
+    pretrained = DECODERS[args.decoder].pretrained or any(
+        name and TABLES[word][name].pretrained for word, name in encoders.items()
+    )
+    ways = []
+    if pretrained and not args.gradient_checkpointing:
+        ways.append("give --gradient-checkpointing")
+    if pretrained and not args.use_qlora:
+        ways.append("put pretrained parts into 4 bits with --use-qlora")
+    return ways

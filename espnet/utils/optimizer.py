@@ -1,0 +1,73 @@
+"""The optimiser: AdamW, with rates and weight decay for each kind of parameter."""
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from espnet.nets.pytorch_backend.pretrained import bases
+
+BETAS = (0.9, 0.98)
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, lr_pretrained: float | None, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Sorts the trainable parameters by rate and weight decay.
+
+    Only the matrices of layers (linear, convolution, embedding, adapter) have weight decay: not
+    norms, biases, gates, nor vectors such as that of a missing stream.
+
+    Args:
+        model: Recogniser.
+        lr: Rate of what starts from random weights.
+        lr_pretrained: Rate of adapters and of parts that come from a checkpoint; None: `lr`.
+        weight_decay: Of the rest.
+
+    Returns:
+        Groups for an optimiser, those of `lr` first; none is empty.
+    """
+    prefixes = tuple(f"{name}." for name in bases(model))
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            adapted = name.startswith(prefixes) or ".lora_" in name
+            groups.setdefault((adapted, not _decays(name, parameter)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": lr if lr_pretrained is None or not adapted else lr_pretrained,
+            "weight_decay": 0.0 if without_decay else weight_decay,
+        }
+        for (adapted, without_decay), parameters in sorted(groups.items(), key=lambda i: i[0])
+    ]
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], *, fused: bool
+) -> torch.optim.Optimizer:
+    """Builds the optimiser.
+
+    Args:
+        name: `adamw`, or `adamw8bit`, whose moments take a quarter of the memory. Source of the
+            latter: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022.
+        groups: Of parameters.
+        fused: Whether AdamW may make its step in one kernel.
+
+    Returns:
+        The optimiser.
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    if name == "adamw":
+        return torch.optim.AdamW(groups, betas=BETAS, fused=fused or None)
+    elif name == "adamw8bit":
+        return import_module("bitsandbytes").optim.AdamW8bit(groups, betas=BETAS)
+    raise ValueError(f"optimizer {name!r} is unknown: choose adamw or adamw8bit")
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is the matrix of a layer; those of norms have a single axis."""
+    return name.endswith(".weight") and parameter.ndim > 1
