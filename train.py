@@ -19,6 +19,7 @@ from espnet.utils.options import (
     train_parser,
 )
 from espnet.utils.run_config import find_vocabulary, save_config
+from espnet.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the options are checked.
     import pytorch_lightning as pl
@@ -68,11 +69,12 @@ def make_corpus(args: Namespace, parser: ArgumentParser) -> None:
         parser.error(one_line(error))
 
 
-def run(args: Namespace) -> None:
+def run(args: Namespace, watch: Stopwatch) -> None:
     """Trains, averages and scores.
 
     Args:
         args: Options.
+        watch: Takes the time of each part.
 
     Raises:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
@@ -119,17 +121,22 @@ def run(args: Namespace) -> None:
         with whole_file(run_dir / "config.yaml") as unfinished:
             save_config(args, unfinished, package_versions())
         print(f"Training {parameter_count(model)} ({args.modality}) in {run_dir}")
+    watch.lap("preparing")
     with ending_together(trainer):
         fit(args, trainer, module, data, resume)
+        watch.lap("training")
         if args.fast_dev_run or trainer.interrupted:
             return
         average = run_dir / f"model_avg_{args.average_epochs}.pth"
         files = [average, *average_and_plot(trainer, run_dir, average)]
+        watch.lap("averaging")
         if args.test_file:
             load_model(module.model, average)
             files += score(args, trainer, module, data, run_dir / "test")
+            watch.lap("scoring")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
+        print(watch)
 
 
 def fit(
@@ -348,9 +355,11 @@ def score(
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
+    watch = Stopwatch()
     args, parser = parse_args(argv)
+    watch.lap("corpus" if args.demo else "options")
     try:
-        run(args)
+        run(args, watch)
     except (ValueError, OSError) as error:
         if args.debug:
             raise

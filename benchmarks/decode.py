@@ -1,8 +1,12 @@
-"""Compares a step of the beam search with a step of transformers' `generate`.
+"""Compares a step of the beam search with its bare matrix products, or with transformers' step.
 
-`python benchmarks/decode.py --decoder llama|whisper`, in the repository's root, prints a table of
-ratios, each measured in one process; two minutes on two CPU cores. If these have other work too,
-set OMP_NUM_THREADS=1: waiting for a second thread would drown what is measured.
+`python benchmarks/decode.py [--decoder transformer|llama|whisper]`, in the repository's root,
+prints a table of ratios, each measured in one process; two minutes on two CPU cores. If these have
+other work too, set OMP_NUM_THREADS=1: waiting for a second thread would drown what is measured.
+
+The project's own Transformer decoder is measured as `benchmarks/search_step.py` tells: a step, its
+CTC prefix scores, a batch and its memory. A pretrained decoder is compared with transformers'
+`generate`, as follows.
 
 The checkpoint has random weights in the shape of openai/whisper-small, or of
 meta-llama/Llama-3.2-1B; on a CPU, the latter has 4 of its 16 layers unless `--llama-layers` says
@@ -24,7 +28,7 @@ What `generate` is given:
 
 import sys
 import tempfile
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +53,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import search_step
 from benchmarks.encoders import Row
 from benchmarks.timing import time_in_turns
 from espnet.nets.batch_beam_search import BatchBeamSearch
@@ -407,9 +412,12 @@ def measure(
 
 def build_parser() -> ArgumentParser:
     """Builds the command line's parser."""
-    parser = ArgumentParser(description="Compare a step of the beam search with transformers'.")
+    parser = ArgumentParser(description="Compare a step of the beam search with what it needs.")
     parser.add_argument(
-        "--decoder", choices=["llama", "whisper"], required=True, help="what to time"
+        "--decoder",
+        choices=["transformer", "llama", "whisper"],
+        default="transformer",
+        help="what to time (default: %(default)s)",
     )
     parser.add_argument(
         "--llama-conditioning",
@@ -424,13 +432,15 @@ def build_parser() -> ArgumentParser:
         help="where to compute (default: %(default)s)",
     )
     parser.add_argument(
-        "--beam-size", type=int, default=5, help="hypotheses (default: %(default)s)"
+        "--beam-size",
+        type=int,
+        help="hypotheses (default: 40 for the Transformer decoder, 5 for a pretrained one)",
     )
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="precision of the checkpoint's weights (default: %(default)s)",
+        help="precision of a checkpoint's weights (default: %(default)s)",
     )
     parser.add_argument(
         "--llama-layers",
@@ -441,32 +451,53 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line."""
-    options = build_parser().parse_args(argv)
-    device, work = torch.device(options.device), WORK[options.device]
-    transformers_logging.disable_progress_bar()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, "
-        f"{torch.get_num_threads()} CPU threads, {options.dtype}\n"
-    )
-    print("| what | step (ms) | reference (ms) | ratio | target |")
-    print("|---|---|---|---|---|", flush=True)
+def measure_own(options: Namespace, device: torch.device) -> Iterator[Row]:
+    """Measures the project's own decoder; see `search_step`."""
+    work = search_step.WORK[device.type]
+    yield from search_step.measure(search_step.Size(), options.beam_size or 40, work, device)
+
+
+def measure_pretrained(options: Namespace, device: torch.device) -> Iterator[Row]:
+    """Measures the pretrained decoder that the command line names."""
     torch.manual_seed(0)
+    work = WORK[device.type]
     if options.decoder == "whisper":
         checkpoint, conditioning = whisper_checkpoint(), {}
     else:
         layers = options.llama_layers or work.llama_layers
         checkpoint = llama_checkpoint(options.llama_conditioning, layers)
         conditioning = {"conditioning": options.llama_conditioning}
+    yield from measure(
+        checkpoint,
+        work,
+        device,
+        beam_size=options.beam_size or 5,
+        dtype=getattr(torch, options.dtype),
+        **conditioning,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    transformers_logging.disable_progress_bar()
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    own = options.decoder == "transformer"
+    if own and options.dtype != "float32":
+        parser.error(f"--dtype {options.dtype} is for a checkpoint: name its --decoder too")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, "
+        f"{torch.get_num_threads()} CPU threads, {'float32' if own else options.dtype}\n"
+    )
+    measured, reference = ("measured", "reference") if own else ("step (ms)", "reference (ms)")
+    print(
+        f"| what | {measured} | {reference} | ratio | target |\n|---|---|---|---|---|", flush=True
+    )
     notes = []
     with torch.no_grad():
-        dtype = getattr(torch, options.dtype)
-        rows = measure(
-            checkpoint, work, device, beam_size=options.beam_size, dtype=dtype, **conditioning
-        )
-        for row in rows:
+        for row in (measure_own if own else measure_pretrained)(options, device):
             print(row, flush=True)
             notes += row.notes
     print("", *(f"- {note}" for note in notes), sep="\n")

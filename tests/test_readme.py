@@ -181,7 +181,11 @@ def test_demo(in_folder, monkeypatch, capsys):
         len(re.findall(r"^\| (audio|video|audio-visual) \|( [\d.]+ \|){5}$", out, re.MULTILINE))
         == 3
     )
-    files = [Path(line.strip()) for line in out.split("Files of the run:")[1].splitlines() if line]
+    named, seconds = out.split("Files of the run:")[1].split("Seconds: ")
+    assert re.match(
+        r"corpus \d+, preparing \d+, training \d+, averaging \d+, scoring \d+;", seconds
+    )
+    files = [Path(line.strip()) for line in named.splitlines() if line]
     assert len(files) > 15
     assert all(path.is_file() for path in files)
     made = (in_folder / "demo_corpus/corpus.json").stat().st_mtime_ns

@@ -206,10 +206,12 @@ class BatchBeamSearch:
             history.append(SearchStep(parents, beam.tokens, ended, beam.totals, beam.scores))
             beam = self._close(beam, ended, step, detect_end=maxlenratio == 0)
             if (step + 1) % interval == 0 or step + 1 == steps:
-                running = (beam.totals > -torch.inf).any(1).nonzero().flatten().cpu()
+                # The one place in a step where the host waits for the device.
+                flags = (beam.totals > -torch.inf).any(1).tolist()
+                running = torch.tensor([row for row, runs in enumerate(flags) if runs])
                 if not len(running):
                     break
-                if len(running) < len(beam.totals):
+                if len(running) < len(flags):
                     history.keep(running)
                     beam = beam.keep(running.to(memory.device))
             states = self._reorder(expansion.states, beam)

@@ -32,6 +32,7 @@ class CTCPrefixState(NamedTuple):
     """The prefixes of N = B * K hypotheses; time index t = 0 .. T counts the frames used.
 
     Attributes:
+        first_rows: Row of an utterance's first token in the emissions of all, end to end (B, 1).
         emissions: Log-posterior of each token in the frame after t frames (B, V, T + 1). Minus
             infinity for the blank and beyond the utterance; the end symbol emits for free after
             the last frame and nowhere else, which makes its prefix score the total probability.
@@ -41,6 +42,7 @@ class CTCPrefixState(NamedTuple):
         scores: Prefix scores psi (B, K), float64.
     """
 
+    first_rows: torch.Tensor
     emissions: torch.Tensor
     blanks: torch.Tensor
     blank_sums: torch.Tensor
@@ -77,7 +79,8 @@ def start_prefixes(
     # The empty prefix has nothing but paths of blanks, and no token repeats its last one.
     paths = blank_sums[:, :, None].repeat(1, beam_size, 2, 1)
     scores = paths.new_zeros(paths.shape[:2])
-    return CTCPrefixState(emissions, blanks, blank_sums, paths, scores)
+    first_rows = torch.arange(len(emissions), device=emissions.device)[:, None] * emissions.size(1)
+    return CTCPrefixState(first_rows, emissions, blanks, blank_sums, paths, scores)
 
 
 def score_candidates(
@@ -93,11 +96,10 @@ def score_candidates(
     Returns:
         psi of the extended prefix minus psi of the prefix (N, P), float32.
     """
-    paths = _relative_paths(state)  # (N, 2, T + 1)
-    first_rows = torch.arange(0, 2 * candidates.size(0), 2, device=candidates.device)
-    repeats = candidates == last_tokens[:, None]
-    before = paths.flatten(0, 1).index_select(0, (first_rows[:, None] + repeats).flatten())
-    return _logsumexp(before.view(*candidates.shape, -1).add_(_emission_rows(state, candidates)))
+    paths = _relative_paths(state)[:, :, None]  # (N, 2, 1, T + 1)
+    repeats = (candidates == last_tokens[:, None])[..., None]  # (N, P, 1)
+    before = torch.where(repeats, paths[:, 1], paths[:, 0])  # (N, P, T + 1)
+    return _logsumexp(before.add_(_emission_rows(state, candidates)))
 
 
 def score_vocabulary(
@@ -152,7 +154,7 @@ def extend_prefixes(
     if index.numel() < last_tokens.numel():
         kept = index[::beam] // beam
         constants = (state.emissions[kept], state.blanks[kept], state.blank_sums[kept])
-        state = CTCPrefixState(*constants, before, new_scores)
+        state = CTCPrefixState(state.first_rows[: len(kept)], *constants, before, new_scores)
 
     emissions = _emission_rows(state, tokens[:, None]).view_as(before)
     emissions = emissions.double().clamp(min=IMPOSSIBLE)
@@ -174,10 +176,9 @@ def _relative_paths(state: CTCPrefixState) -> torch.Tensor:
 
 def _emission_rows(state: CTCPrefixState, tokens: torch.Tensor) -> torch.Tensor:
     """Look up the emissions of tokens (N, P), given per hypothesis: (N, P, T + 1), float32."""
-    batch, vocabulary, times = state.emissions.shape
-    first_rows = torch.arange(0, batch * vocabulary, vocabulary, device=tokens.device)
-    rows = tokens.reshape(batch, -1) + first_rows[:, None]  # (N, P) -> (B, K * P)
-    return state.emissions.view(-1, times).index_select(0, rows.flatten()).view(*tokens.shape, -1)
+    rows = tokens.reshape(len(state.emissions), -1) + state.first_rows  # (N, P) -> (B, K * P)
+    emissions = state.emissions.flatten(0, 1).index_select(0, rows.flatten())
+    return emissions.view(*tokens.shape, -1)
 
 
 def _logsumexp(values: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.real_frames import RealFrames
+
 
 def ctc_frames_needed(targets: Tensor, ignore_id: int = -1) -> Tensor:
     """Fewest frames to which CTC can align a target: one a token, one more between equal ones.
@@ -53,10 +55,11 @@ class CTC(nn.Module):
         Returns:
             Scalar loss.
         """
-        log_posteriors = self.log_softmax(self.dropout(memory)).transpose(0, 1)
+        real = RealFrames.of(memory_lengths, memory.size(1))
+        log_posteriors = self.log_softmax(self.dropout(real.pack(memory)))  # (N, V)
         target_lengths = (targets != self.ignore_id).sum(dim=1)
         losses = F.ctc_loss(
-            log_posteriors,  # (T, B, V)
+            real.pad(log_posteriors).transpose(0, 1),  # (T, B, V)
             targets.clamp(min=0),
             memory_lengths,
             target_lengths,
@@ -69,10 +72,10 @@ class CTC(nn.Module):
         """Log-posteriors of every token at every frame.
 
         Args:
-            memory: Encoder output, (B, T, D).
+            memory: Encoder output, (..., D).
 
         Returns:
-            Log-probabilities in float32, (B, T, V).
+            Log-probabilities in float32, (..., V).
         """
         return self.ctc_lo(memory).float().log_softmax(dim=-1)
 

@@ -41,7 +41,9 @@ def smoothed_loss(
     Returns:
         The sum over all tokens, and how many of them get the highest score.
     """
-    rows, columns = features.flatten(0, 1), targets.flatten()
+    real = (targets.flatten() != ignore_id).nonzero().squeeze(1)  # Padding is not scored.
+    rows = features.flatten(0, 1).index_select(0, real)
+    columns = targets.flatten().index_select(0, real)
     size = max(1, max_chunk // vocabulary)
 
     def of_chunk(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -49,12 +51,11 @@ def smoothed_loss(
         loss = F.cross_entropy(
             scores.float(),
             columns,
-            ignore_index=ignore_id,
             label_smoothing=smoothing * vocabulary / (vocabulary - 1),
             reduction="sum",
         )
         with torch.no_grad():
-            correct = ((scores.argmax(dim=-1) == columns) & (columns != ignore_id)).sum()
+            correct = (scores.argmax(dim=-1) == columns).sum()
         return loss, correct
 
     if len(rows) <= size:
@@ -68,4 +69,4 @@ def smoothed_loss(
     share = torch.tensor([1 - smoothing, smoothing])
     tokens = torch.tensor([1.0, float(vocabulary - 1)])
     entropy = -torch.special.xlogy(share, share / tokens).sum()
-    return loss - (columns != ignore_id).sum() * entropy.item(), correct
+    return loss - len(columns) * entropy.item(), correct

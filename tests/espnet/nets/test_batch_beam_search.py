@@ -288,6 +288,31 @@ def test_a_batch_gives_the_same_as_one_by_one(ctc_weight, limits, interval, monk
         )
 
 
+@pytest.mark.parametrize("ctc_weight", [0.0, 0.1, 0.3])
+def test_how_often_the_stop_test_comes_changes_nothing(ctc_weight, monkeypatch):
+    """Utterances that are over go on for some steps, and nothing comes of it."""
+    lengths = [30, 12, 22]
+    memories = [make_memory(frames, seed) for seed, frames in enumerate(lengths)]
+    padded = torch.nn.utils.rnn.pad_sequence(memories, batch_first=True)
+    setting = Setting(beam_size=5, ctc_weight=ctc_weight, eos_bias=6.0)
+    choose, chosen = setting.search._choose, []
+    monkeypatch.setattr(setting.search, "_choose", lambda *a: chosen.append(a) or choose(*a))
+    results, steps = [], []
+    for interval in (1, 4, 7, 100):
+        monkeypatch.setitem(module.STOP_TEST_INTERVAL, "cpu", interval)
+        nbest = setting.search(padded, torch.tensor(lengths))
+        results.append([[(one.yseq.tolist(), one.scores) for one in each] for each in nbest])
+        steps.append(len(chosen) - sum(steps))
+    assert steps[0] < steps[-1] == max(lengths)
+    for result in results[1:]:
+        assert [[yseq for yseq, _ in each] for each in result] == [
+            [yseq for yseq, _ in each] for each in results[0]
+        ]
+        for each, expected in zip(result, results[0], strict=True):
+            for (_, scores), (_, expected_scores) in zip(each, expected, strict=True):
+                assert scores == pytest.approx(expected_scores, abs=1e-4)
+
+
 def test_hypotheses_are_plain_and_sorted():
     setting = Setting(penalty=0.5)
     nbest = setting.search(make_memory(10), maxlenratio=-4)

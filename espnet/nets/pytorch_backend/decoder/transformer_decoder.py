@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.decoder.token_cache import TokenCache
 from espnet.nets.pytorch_backend.nets_utils import padding_mask
 from espnet.nets.pytorch_backend.transformer.attention import MultiHeadedAttention
 from espnet.nets.pytorch_backend.transformer.embedding import PositionalEncoding
@@ -27,13 +28,13 @@ class DecoderState:
         memory: For each layer the keys and values of the memory, (B, H, T, D/H): one copy an
             utterance, whatever the beam.
         memory_mask: Real frames, (B, 1, 1, T), or None if all are real.
-        cache: Self-attention keys and values of all layers, (L, 2, B·K, H, U, D/H).
+        cache: Self-attention keys and values of the tokens so far; steps change it.
     """
 
     beam_size: int
     memory: list[tuple[Tensor, Tensor]]
     memory_mask: Tensor | None
-    cache: Tensor
+    cache: TokenCache
 
 
 class DecoderLayer(nn.Module):
@@ -77,30 +78,32 @@ class DecoderLayer(nn.Module):
     def step(
         self,
         x: Tensor,
-        cache: Tensor,
+        number: int,
+        cache: TokenCache,
         memory: tuple[Tensor, Tensor],
         memory_mask: Tensor | None,
         beam_size: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Applies the block to the last token of every hypothesis.
 
         Args:
             x: Features of the last tokens, (B·K, 1, D).
-            cache: Keys and values of the tokens before, (2, B·K, H, U, D/H).
+            number: Number of the block.
+            cache: Keys and values of the tokens before; those of the last ones are written to it.
             memory: Keys and values of the memory, each (B, H, T, D/H).
             memory_mask: Real frames, (B, 1, 1, T), or None if all are real.
             beam_size: K.
 
         Returns:
-            Features, (B·K, 1, D), and the cache with this token, (2, B·K, H, U + 1, D/H).
+            Features, (B·K, 1, D).
         """
         normed = self.norm1(x)
-        cache = torch.cat([cache, torch.stack(self.self_attn.project_memory(normed))], dim=3)
-        x = x + self.self_attn.attend(normed, *cache)
+        cache.write(number, self.self_attn.linear_k(normed), self.self_attn.linear_v(normed))
+        x = x + self.self_attn.attend_by_pieces(normed, cache.read(number))
         # The hypotheses of an utterance attend to its one memory as a sequence of K queries.
         queries = self.norm2(x).view(-1, beam_size, x.size(-1))  # (B·K, 1, D) -> (B, K, D)
         x = x + self.src_attn.attend(queries, *memory, memory_mask).view_as(x)
-        return x + self.feed_forward(self.norm3(x)), cache
+        return x + self.feed_forward(self.norm3(x))
 
 
 class TransformerDecoder(nn.Module, ScorerInterface):
@@ -178,37 +181,33 @@ class TransformerDecoder(nn.Module, ScorerInterface):
     def init(self, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> DecoderState:
         """Projects the memory once; the cache of tokens is empty. See `ScorerInterface`."""
         projections = [layer.src_attn.project_memory(memory) for layer in self.decoders]
-        batch, heads, _, head_dim = projections[0][0].shape
-        cache = projections[0][0].new_empty(
-            len(projections), 2, batch * beam_size, heads, 0, head_dim
-        )
         return DecoderState(
             beam_size=beam_size,
             memory=projections,
             memory_mask=_attention_mask(memory_lengths, memory.size(1)),
-            cache=cache,
+            # Unless told otherwise, a text has as many tokens as frames at most.
+            cache=TokenCache(len(projections), projections[0][0].size(1), memory.size(1)),
         )
 
+    @torch.no_grad()
     def score(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Log-probabilities of the tokens that follow, (B·K, V). See `ScorerInterface`."""
         embedding, positions = self.embed
-        x = positions(embedding(tokens.unsqueeze(1)), offset=state.cache.size(4))
-        caches = []
-        for layer, cache, memory in zip(self.decoders, state.cache, state.memory, strict=True):
-            x, cache = layer.step(x, cache, memory, state.memory_mask, state.beam_size)
-            caches.append(cache)
+        x = positions(embedding(tokens.unsqueeze(1)), offset=state.cache.length)
+        state.cache.begin_step(tokens)
+        for number, (layer, memory) in enumerate(zip(self.decoders, state.memory, strict=True)):
+            x = layer.step(x, number, state.cache, memory, state.memory_mask, state.beam_size)
         logits = self.logits(self.after_norm(x.squeeze(1)))
-        return F.log_softmax(logits.float(), dim=-1), replace(state, cache=torch.stack(caches))
+        return F.log_softmax(logits, dim=-1, dtype=torch.float32), state
 
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
-        """Keeps the hypotheses of `index`. See `ScorerInterface`."""
-        cache = state.cache.index_select(2, index)
-        if len(index) == state.cache.size(2):
-            return replace(state, cache=cache)
+        """Keeps the hypotheses of `index`; the cache is changed. See `ScorerInterface`."""
+        state.cache.reorder(index)
+        if len(index) == state.beam_size * len(state.memory[0][0]):
+            return state
         kept = index[:: state.beam_size] // state.beam_size
         return replace(
             state,
-            cache=cache,
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
             memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
         )

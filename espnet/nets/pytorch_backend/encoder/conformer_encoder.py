@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.nets_utils import padding_mask
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.pytorch_backend.transformer.attention import RelPositionMultiHeadedAttention
 from espnet.nets.pytorch_backend.transformer.convolution import ConvolutionModule
 from espnet.nets.pytorch_backend.transformer.embedding import RelPositionalEncoding
@@ -43,26 +43,26 @@ class ConformerLayer(nn.Module):
         self.norm_final = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor, encoding: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, encoding: Tensor, real: RealFrames) -> Tensor:
         """Applies the block.
 
         Args:
-            x: Features, (B, T, D).
+            x: Features of real frames, (N, D).
             encoding: Encodings of distances, (2T - 1, D).
-            mask: Real frames, (B, T), or None if all are real.
+            real: Where these frames are.
 
         Returns:
-            Features, (B, T, D).
+            Features, (N, D).
         """
         x = x + 0.5 * self.dropout(self.feed_forward_macaron(self.norm_ff_macaron(x)))
-        x = x + self.dropout(self.self_attn(self.norm_mha(x), encoding, mask))
-        x = x + self.dropout(self.conv_module(self.norm_conv(x), mask))
+        x = x + self.dropout(self.self_attn(self.norm_mha(x), encoding, real))
+        x = x + self.dropout(self.conv_module(self.norm_conv(x), real))
         x = x + 0.5 * self.dropout(self.feed_forward(self.norm_ff(x)))
         return self.norm_final(x)
 
 
 class ConformerEncoder(nn.Module):
-    """Conformer blocks with relative positions.
+    """Conformer blocks with relative positions, on real frames only.
 
     Source: Gulati et al., Conformer, Interspeech 2020.
 
@@ -107,10 +107,11 @@ class ConformerEncoder(nn.Module):
             lengths: Real frames, (B,).
 
         Returns:
-            Encoded features, (B, T, D).
+            Encoded features, (B, T, D), zero where padded.
         """
-        mask = padding_mask(lengths, x.size(1))
-        x, encoding = self.embed(x)
+        real = RealFrames.of(lengths, x.size(1))
+        encoding = self.embed.distances(x)
+        x = self.embed(real.pack(x))
         for layer in self.encoders:
-            x = layer(x, encoding, mask)
-        return self.after_norm(x)
+            x = layer(x, encoding, real)
+        return real.pad(self.after_norm(x))

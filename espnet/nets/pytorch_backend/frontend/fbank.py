@@ -8,14 +8,9 @@ from torchaudio.functional import melscale_fbanks
 from espnet.nets.pytorch_backend.frontend.waveform import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
-    cut_to_frames,
+    split_into_frames,
 )
-from espnet.nets.pytorch_backend.nets_utils import (
-    batch_norm_real_frames,
-    convolve,
-    padding_mask,
-    zero_padding,
-)
+from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
 WINDOW, HOP, FFT_SIZE = 400, 160, 512  # samples: 25 ms, 10 ms
 MELS = 80
@@ -61,24 +56,23 @@ class FilterBank(nn.Module):
         Returns:
             Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
         """
-        x, frames = cut_to_frames(x, lengths)
-        x = self.log_mel(x.squeeze(-1))  # (B, 4T, MELS)
-        mask = padding_mask(4 * frames, x.size(1))
-        x = zero_padding(batch_norm_real_frames(self.norm, x, mask), mask)
+        frames, real = split_into_frames(x, lengths)
+        x = batch_norm(self.norm, self.log_mel(frames.squeeze(-1), real))
         for convolution, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            mask = None if mask is None else mask[:, ::2]
-            x = batch_norm_real_frames(norm, convolve(convolution, x), mask)
-            x = zero_padding(F.silu(x), mask)
-        return x, frames
+            # A frame has too few steps to be convolved by itself, as in `Conv1dResNet`.
+            x = convolve(convolution, real.pad(x).flatten(1, 2), padding=convolution.padding[0])
+            x = real.pack(x.unflatten(1, (real.length, -1)))  # (B, T·P, D) -> (N, P, D)
+            x = F.silu(batch_norm(norm, x))
+        return real.pad(x.squeeze(1)), self.output_lengths(lengths)
 
-    def log_mel(self, waves: Tensor) -> Tensor:
-        """Log-mel energies, (B, S) -> (B, S / 160, 80); windows are centred on their 10 ms."""
+    def log_mel(self, frames: Tensor, real: RealFrames) -> Tensor:
+        """Log-mel energies, (N, 640) -> (N, 4, 80); windows are centred on their 10 ms."""
         margin = (WINDOW - HOP) // 2
-        windows = F.pad(waves, (margin, margin)).unfold(1, WINDOW, HOP)  # (B, S / 160, 400)
-        with torch.autocast(waves.device.type, enabled=False):  # Energies need float32's range.
+        windows = real.extend(frames, margin, margin).unfold(1, WINDOW, HOP)  # (N, 4, 400)
+        with torch.autocast(frames.device.type, enabled=False):  # Energies need float32's range.
             spectrum = torch.fft.rfft(windows.float() * self.window, n=FFT_SIZE)
             power = spectrum.real.square() + spectrum.imag.square()
-            return (power @ self.filters.float() + FLOOR).log().to(waves.dtype)
+            return (power @ self.filters.float() + FLOOR).log().to(frames.dtype)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of waveforms of given lengths in samples: one for each full 40 ms."""

@@ -1,9 +1,10 @@
 """Video front-end: a spatio-temporal convolution and a ResNet-18 on each frame."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.nets_utils import padding_mask
+from espnet.nets.pytorch_backend.real_frames import RealFrames, take_or_zero
 
 
 class BasicBlock(nn.Module):
@@ -22,7 +23,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.activation = nn.SiLU(inplace=True)
+        self.activation = nn.SiLU()
         self.downsample = None
         if stride != 1 or in_channels != channels:
             self.downsample = nn.Sequential(
@@ -93,7 +94,7 @@ class Conv3dResNet(nn.Module):
         self.frontend3D = nn.Sequential(
             nn.Conv3d(1, width, (5, 7, 7), stride=(1, 2, 2), padding=(2, 3, 3), bias=False),
             nn.BatchNorm3d(width),
-            nn.SiLU(inplace=True),
+            nn.SiLU(),  # In place, it would be no cheaper: gradients need a copy of its input.
             nn.MaxPool2d(3, stride=2, padding=1),
         )
         self.trunk = ResNet(width=width)
@@ -111,24 +112,28 @@ class Conv3dResNet(nn.Module):
         Returns:
             Features, (B, T, 8·width), zero where padded, and their lengths, (B,).
         """
-        convolution, norm, activation, pooling = self.frontend3D
-        batch, length = x.shape[:2]
-        mask = padding_mask(lengths, length)
-        if mask is not None:
-            x = x * mask[:, :, None, None, None]
-        frames = convolution(x.transpose(1, 2))  # (B, 1, T, H, W) -> (B, C, T, H/2, W/2)
-        # Channels last is what convolution libraries are fastest with, on CPU and GPU alike.
-        frames = frames.permute(0, 2, 3, 4, 1).flatten(0, 1).contiguous()  # (B·T, H/2, W/2, C)
-        if mask is not None:
-            real = mask.flatten().nonzero().squeeze(1)
-            frames = frames.index_select(0, real)  # (N, H/2, W/2, C)
-        frames = frames.permute(0, 3, 1, 2)  # (N, C, H/2, W/2), still channels last in memory
+        real = RealFrames.of(lengths, x.size(1))
+        frames = self._convolve(real.pack(x.squeeze(2)), real)
+        _, norm, activation, pooling = self.frontend3D
         frames = activation(norm(frames.unsqueeze(2)).squeeze(2))
-        vectors = self.trunk(pooling(frames))  # (N, 8·width)
-        if mask is not None:
-            padded = vectors.new_zeros(batch * length, self.output_dim)
-            vectors = padded.index_copy(0, real, vectors)
-        return vectors.view(batch, length, -1), self.output_lengths(lengths)
+        return real.pad(self.trunk(pooling(frames))), self.output_lengths(lengths)
+
+    def _convolve(self, x: Tensor, real: RealFrames) -> Tensor:
+        """The first convolution, (N, H, W) -> (N, C, H/2, W/2).
+
+        As a two-dimensional one whose channels are a frame and those around it, it gives channels
+        last in memory, which convolutions and pooling are fastest with, on CPU and GPU alike.
+        """
+        convolution = self.frontend3D[0]
+        seen, reach = convolution.kernel_size[0], convolution.padding[0]
+        places = torch.stack([real.neighbour(i - reach) for i in range(seen)], dim=1)  # (N, 5)
+        images = take_or_zero(x, places.flatten()).unflatten(0, places.shape)  # (N, 5, H, W)
+        return F.conv2d(
+            images.contiguous(memory_format=torch.channels_last),
+            convolution.weight.squeeze(1).contiguous(memory_format=torch.channels_last),
+            stride=convolution.stride[1:],
+            padding=convolution.padding[1:],
+        )
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of videos of given lengths in frames: one a frame."""

@@ -9,19 +9,14 @@ from torch import Tensor, nn
 from espnet.nets.pytorch_backend.frontend.waveform import (
     SAMPLE_RATE,
     SAMPLES_PER_FRAME,
-    cut_to_frames,
+    split_into_frames,
 )
-from espnet.nets.pytorch_backend.nets_utils import (
-    batch_norm_real_frames,
-    convolve,
-    padding_mask,
-    zero_padding,
-)
+from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
 LOWEST_HZ, HIGHEST_HZ = 100, 7000  # centres of the first convolution's filters at the start
 KERNEL = 80  # samples that the first convolution sees, 5 ms
 FIRST_STRIDE = 4
-POOLING = 20  # 4 · 2 · 2 · 2 · 20 = 640
+MARGIN = (KERNEL - FIRST_STRIDE) // 2  # samples that it sees to each side of its stride
 
 
 def filter_bank(filters: int) -> Tensor:
@@ -69,23 +64,25 @@ class BasicBlock1D(nn.Module):
                 nn.BatchNorm1d(channels),
             )
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, real: RealFrames) -> Tensor:
         """Applies the block.
 
         Args:
-            x: Features, (B, S, C), zero where padded.
-            mask: Real steps of the output, (B, S / stride), or None if all are real.
+            x: Steps of real frames, (N, P, C).
+            real: Where these frames are.
 
         Returns:
-            Features, (B, S / stride, C'), zero where padded.
+            Steps, (N, P / stride, C').
         """
         shortcut = x
         if self.downsample is not None:
             convolution, norm = self.downsample
-            shortcut = batch_norm_real_frames(norm, convolve(convolution, x), mask)
-        x = F.silu(batch_norm_real_frames(self.bn1, convolve(self.conv1, x), mask))
-        x = batch_norm_real_frames(self.bn2, convolve(self.conv2, zero_padding(x, mask)), mask)
-        return zero_padding(F.silu(x + shortcut), mask)
+            shortcut = batch_norm(norm, convolve(convolution, x))
+        # With a stride of two, the last step of a frame sees none of the next frame.
+        x = convolve(self.conv1, real.extend(x, 1, 2 - self.stride))
+        x = F.silu(batch_norm(self.bn1, x))
+        x = batch_norm(self.bn2, convolve(self.conv2, real.extend(x, 1, 1)))
+        return F.silu(x + shortcut)
 
 
 class ResNet1D(nn.Module):
@@ -97,7 +94,7 @@ class ResNet1D(nn.Module):
 
     def __init__(self, *, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(1, width, KERNEL, stride=FIRST_STRIDE, padding=38, bias=False)
+        self.conv1 = nn.Conv1d(1, width, KERNEL, stride=FIRST_STRIDE, padding=MARGIN, bias=False)
         with torch.no_grad():
             self.conv1.weight.copy_(filter_bank(width).unsqueeze(1))
         self.bn1 = nn.BatchNorm1d(width)
@@ -115,25 +112,22 @@ class ResNet1D(nn.Module):
             )
             setattr(self, f"layer{stage}", blocks)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, real: RealFrames) -> Tensor:
         """Encodes waveforms.
 
         Args:
-            x: Waveforms, (B, S, 1), S a multiple of 640, zero where padded.
-            lengths: Real samples, (B,), multiples of 640.
+            x: Samples of real frames, (N, 640, 1).
+            real: Where these frames are.
 
         Returns:
-            Features, (B, S / 640, 8·width), zero where padded.
+            Features, (N, 8·width).
         """
-        x = convolve(self.conv1, x)  # (B, S, 1) -> (B, S/4, C)
-        mask = padding_mask(lengths // FIRST_STRIDE, x.size(1))
-        x = zero_padding(F.silu(batch_norm_real_frames(self.bn1, x, mask)), mask)
+        x = convolve(self.conv1, real.extend(x, MARGIN, MARGIN))  # (N, 640, 1) -> (N, 160, C)
+        x = F.silu(batch_norm(self.bn1, x))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in stage:
-                if mask is not None:
-                    mask = mask[:, :: block.stride]
-                x = block(x, mask)
-        return x.unflatten(1, (-1, POOLING)).mean(dim=2)  # (B, T·20, D) -> (B, T, D)
+                x = block(x, real)
+        return x.mean(dim=1)  # (N, 20, D) -> (N, D)
 
 
 class Conv1dResNet(nn.Module):
@@ -163,8 +157,8 @@ class Conv1dResNet(nn.Module):
         Returns:
             Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
         """
-        x, frames = cut_to_frames(x, lengths)
-        return self.trunk(x, frames * SAMPLES_PER_FRAME), frames
+        frames, real = split_into_frames(x, lengths)
+        return real.pad(self.trunk(frames, real)), self.output_lengths(lengths)
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of waveforms of given lengths in samples: one for each full 40 ms."""

@@ -1,10 +1,13 @@
 """Multi-head attention, plain and with relative positions."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 
 class MultiHeadedAttention(nn.Module):
@@ -72,6 +75,26 @@ class MultiHeadedAttention(nn.Module):
         )
         return self.linear_out(context.transpose(1, 2).flatten(2))  # (B, H, Q, D/H) -> (B, Q, D)
 
+    def attend_by_pieces(self, query: Tensor, pieces: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attention to keys and values that come for some sequences at a time.
+
+        Args:
+            query: Features, (B, Q, D).
+            pieces: Keys and values, each (B', H, T, D/H), of the next B' sequences, until there
+                are B.
+
+        Returns:
+            Features, (B, Q, D).
+        """
+        queries = self.split_heads(self.linear_q(query))
+        contexts, first = [], 0
+        for keys, values in pieces:
+            some = queries[first : first + len(keys)]
+            contexts.append(F.scaled_dot_product_attention(some, keys, values))
+            first += len(keys)
+        context = torch.cat(contexts) if len(contexts) > 1 else contexts[0]
+        return self.linear_out(context.transpose(1, 2).flatten(2))  # (B, H, Q, D/H) -> (B, Q, D)
+
     def forward(
         self, query: Tensor, memory: Tensor, mask: Tensor | None = None, *, is_causal: bool = False
     ) -> Tensor:
@@ -108,29 +131,32 @@ class RelPositionMultiHeadedAttention(MultiHeadedAttention):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x: Tensor, encoding: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Self-attention.
+    def forward(self, x: Tensor, encoding: Tensor, real: RealFrames) -> Tensor:
+        """Self-attention within each utterance.
 
         Args:
-            x: Features, (B, T, D).
+            x: Features of real frames, (N, D).
             encoding: Encodings of distances T - 1, ..., -(T - 1), (2T - 1, D).
-            mask: Real frames, (B, T), or None if all are real.
+            real: Where these frames are.
 
         Returns:
-            Features, (B, T, D).
+            Features, (N, D).
         """
-        queries = self.split_heads(self.linear_q(x))  # (B, H, T, D/H)
-        keys, values = self.project_memory(x)
+        queries, keys, values = (
+            self.split_heads(real.pad(linear(x)))  # (N, D) -> (B, H, T, D/H)
+            for linear in (self.linear_q, self.linear_k, self.linear_v)
+        )
         distances = self.split_heads(self.linear_pos(encoding).unsqueeze(0))  # (1, H, 2T-1, D/H)
         scale = 1.0 / math.sqrt(queries.size(-1))
         position_queries = (queries + self.pos_bias_v.unsqueeze(1)) * scale
         bias = shift_distances(position_queries @ distances.transpose(-2, -1))  # (B, H, T, T)
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None, None, :], -math.inf)
+        if real.mask is not None:
+            bias = bias.masked_fill(~real.mask[:, None, None, :], -math.inf)
         context = F.scaled_dot_product_attention(
             queries + self.pos_bias_u.unsqueeze(1), keys, values, attn_mask=bias, scale=scale
         )
-        return self.linear_out(context.transpose(1, 2).flatten(2))  # (B, H, T, D/H) -> (B, T, D)
+        # (B, H, T, D/H) -> (N, D)
+        return self.linear_out(real.pack(context.transpose(1, 2)).flatten(1))
 
 
 def shift_distances(scores: Tensor) -> Tensor:

@@ -69,16 +69,19 @@ class RelPositionalEncoding(nn.Module):
         self.dim = dim
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales features and encodes distances T - 1, ..., -(T - 1), query minus key.
+    def forward(self, x: Tensor) -> Tensor:
+        """Scales features, (..., D), by sqrt(D)."""
+        return self.dropout(x * math.sqrt(self.dim))
+
+    def distances(self, x: Tensor) -> Tensor:
+        """Encodes distances T - 1, ..., -(T - 1), query minus key.
 
         Args:
-            x: Features, (B, T, D).
+            x: Features, (B, T, D), whose frames they lie between.
 
         Returns:
-            sqrt(D)·x, (B, T, D), and distance encodings, (2T - 1, D).
+            Encodings, (2T - 1, D).
         """
         length = x.size(1)
         distances = torch.arange(length - 1, -length, -1, device=x.device, dtype=torch.float32)
-        encoding = sinusoids(distances, self.dim).to(x.dtype)
-        return self.dropout(x * math.sqrt(self.dim)), self.dropout(encoding)
+        return self.dropout(sinusoids(distances, self.dim).to(x.dtype))

@@ -66,6 +66,21 @@ def test_cached_steps_agree_with_teacher_forcing(decoder):
         utterances = utterances[index]
 
 
+def test_cached_steps_in_bfloat16(decoder):
+    """As under autocast, where the cache takes the precision of the projections."""
+    decoder.eval()
+    memory, lengths = torch.randn(1, 6, DIM), torch.tensor([6])
+    tokens = torch.randint(ODIM, (BEAM, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        state = decoder.init(memory, lengths, BEAM)
+        for step in range(4):
+            scores, state = decoder.score(tokens[:, step], state)
+        expected = decoder(tokens, memory.expand(BEAM, -1, -1), lengths.expand(BEAM))[:, -1]
+    assert scores.dtype == torch.float32
+    # bfloat16 has 8 bits: batches of other shapes differ in the last ones.
+    torch.testing.assert_close(scores, expected.float().log_softmax(-1), rtol=0.02, atol=0.05)
+
+
 def test_memory_is_kept_once_an_utterance(decoder):
     state = decoder.init(torch.randn(2, 7, DIM), torch.tensor([7, 4]), BEAM)
     assert all(part.shape == (2, 2, 7, DIM // 2) for pair in state.memory for part in pair)

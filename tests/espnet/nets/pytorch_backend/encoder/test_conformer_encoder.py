@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.pytorch_backend.transformer.convolution import ConvolutionModule
 
 
@@ -33,6 +34,7 @@ def test_padding_changes_nothing(encoder):
     for row, length in enumerate(lengths):
         alone = encoder(x[row : row + 1, :length], torch.tensor([length]))
         torch.testing.assert_close(together[row, :length], alone[0])
+        assert not together[row, length:].any()
 
 
 def test_padding_changes_neither_training_outputs_nor_statistics(encoder):
@@ -65,7 +67,9 @@ def test_convolution_module_agrees_with_plain_layers():
     x = torch.randn(2, 8, 6)
     y = F.glu(module.pointwise_cov1(x.transpose(1, 2)), dim=1)
     y = F.silu(module.norm(module.depthwise_conv(y)))
-    torch.testing.assert_close(module(x), module.pointwise_cov2(y).transpose(1, 2))
+    real = RealFrames.of(torch.tensor([8, 8]), 8)
+    result = real.pad(module(real.pack(x), real))
+    torch.testing.assert_close(result, module.pointwise_cov2(y).transpose(1, 2))
 
 
 def test_even_kernels_are_refused():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.pytorch_backend.transformer.attention import (
     MultiHeadedAttention,
     RelPositionMultiHeadedAttention,
@@ -42,6 +43,16 @@ def test_causal_attention_sees_no_later_frame():
         torch.testing.assert_close(whole[:, length - 1 : length], part)
 
 
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 1, 1, 1, 1)])
+def test_attention_by_pieces_is_attention(sizes):
+    torch.manual_seed(0)
+    attention = MultiHeadedAttention(heads=2, dim=8)
+    query, memory = torch.randn(5, 3, 8), torch.randn(5, 7, 8)
+    keys, values = attention.project_memory(memory)
+    pieces = zip(keys.split(sizes), values.split(sizes), strict=True)
+    torch.testing.assert_close(attention.attend_by_pieces(query, pieces), attention(query, memory))
+
+
 @pytest.mark.parametrize("length", [1, 2, 9])
 def test_relative_attention_agrees_with_a_loop_over_pairs(length):
     """Scores by the definition of Transformer-XL, a query and a key at a time."""
@@ -49,16 +60,16 @@ def test_relative_attention_agrees_with_a_loop_over_pairs(length):
     heads, dim = 2, 8
     attention = RelPositionMultiHeadedAttention(heads=heads, dim=dim)
     x = torch.randn(2, length, dim)
-    _, encoding = RelPositionalEncoding(dim=dim, dropout_rate=0.0)(x)
+    encoding = RelPositionalEncoding(dim=dim, dropout_rate=0.0).distances(x)
     lengths = [length, max(1, length - 3)]
-    mask = torch.arange(length) < torch.tensor(lengths).unsqueeze(1)
-    result = attention(x, encoding, mask)
+    real = RealFrames.of(torch.tensor(lengths), length)
+    result = real.pad(attention(real.pack(x), encoding, real))
 
     queries, keys = heads_of(attention.linear_q(x), heads), heads_of(attention.linear_k(x), heads)
     values = heads_of(attention.linear_v(x), heads)
     positions = heads_of(attention.linear_pos(encoding), heads)
-    for row, real in enumerate(lengths):
-        for i in range(length):
+    for row, frames in enumerate(lengths):
+        for i in range(frames):
             context = []
             for h in range(heads):
                 scores = torch.stack(
@@ -66,11 +77,11 @@ def test_relative_attention_agrees_with_a_loop_over_pairs(length):
                         (queries[row, i, h] + attention.pos_bias_u[h]) @ keys[row, j, h]
                         + (queries[row, i, h] + attention.pos_bias_v[h])
                         @ positions[length - 1 - (i - j), h]
-                        for j in range(real)
+                        for j in range(frames)
                     ]
                 )
                 weights = torch.softmax(scores / math.sqrt(dim / heads), dim=0)
-                context.append(weights @ values[row, :real, h])
+                context.append(weights @ values[row, :frames, h])
             torch.testing.assert_close(result[row, i], attention.linear_out(torch.cat(context)))
 
 

@@ -26,6 +26,8 @@ def test_absolute_positions():
 
 def test_relative_positions_run_from_the_first_key_to_the_last():
     x = torch.randn(1, 4, 6)
-    scaled, encoding = RelPositionalEncoding(dim=6, dropout_rate=0.0)(x)
-    torch.testing.assert_close(scaled, x * math.sqrt(6))
-    torch.testing.assert_close(encoding, torch.tensor([encode(t, 6) for t in range(3, -4, -1)]))
+    module = RelPositionalEncoding(dim=6, dropout_rate=0.0)
+    torch.testing.assert_close(module(x), x * math.sqrt(6))
+    torch.testing.assert_close(
+        module.distances(x), torch.tensor([encode(t, 6) for t in range(3, -4, -1)])
+    )

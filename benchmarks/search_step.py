@@ -1,0 +1,456 @@
+"""Measures the search with the project's own Transformer decoder: a step, a batch, its memory.
+
+`benchmarks/decode.py` without arguments prints the table; two minutes on two CPU cores. Model and
+search have the sizes of auto_avsr: 5049 tokens, 6 blocks of 768 features, 12 heads and 3072 hidden
+units, beam 40, CTC weight 0.1. Weights are random and no hypothesis may end early, so that what is
+compared decodes as many tokens.
+
+- A step: a search of 40 tokens less one of 4, in 36 steps; what precedes the first token counts in
+  neither.
+- Bare products, its reference on a CPU: the matrix products that a decoder with cached keys and
+  values cannot avoid, of the same shapes and numbers, with nothing between them.
+- CUDA graph, its reference on a GPU: the decoder's own step after 22 tokens, replayed.
+- A batch: 16 utterances of 2 to 6 s at once, and one by one. A note tells how much faster the bare
+  products are for so many rows: with one CPU thread little, since 40 rows keep it busy already.
+- Memory: what a search takes beside weights and input, for few long utterances and for many short
+  ones of as many frames in all; the reference are the keys and values of one token a frame for
+  every hypothesis, which is what grows with `--decode-max-frames`. On a CPU, what the C library
+  keeps of freed memory counts too.
+"""
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from benchmarks.encoders import Row
+from benchmarks.timing import time_in_turns
+from espnet.nets.batch_beam_search import BatchBeamSearch
+from espnet.nets.hypothesis import Hypothesis
+from espnet.nets.pytorch_backend.ctc import CTC
+from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
+from espnet.nets.scorers.ctc import CTCPrefixScorer
+
+CTC_WEIGHT = 0.1
+FIRST, LAST = 5, 40  # tokens that the timed steps attend to
+MIDDLE = (FIRST + LAST) // 2
+FRAMES_PER_SECOND = 25
+MAX_FRAMES = 1600  # default of --decode-max-frames
+CTC_TARGET = 0.2
+MEMORY_TARGET = 2
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape of the decoder.
+
+    Attributes:
+        odim: Vocabulary V.
+        dim: Features D.
+        heads: Attention heads H.
+        units: Hidden units.
+        blocks: Number of blocks L.
+    """
+
+    odim: int = 5049
+    dim: int = 768
+    heads: int = 12
+    units: int = 3072
+    blocks: int = 6
+
+
+@dataclass(frozen=True)
+class SearchWork:
+    """How much is computed.
+
+    Attributes:
+        step_frames: Frames of the utterances of which a step is timed.
+        step_repeats: Rounds of timing a step.
+        step_target: Ratio of a step to its reference.
+        batch_frames: Frames of the utterances that are decoded at once.
+        batch_tokens: Tokens that are decoded of each.
+        batch_repeats: Rounds of timing these.
+        batch_target: How many times faster than one by one.
+        memory_shapes: Batches whose memory is measured: utterances, and frames of each.
+    """
+
+    step_frames: tuple[int, ...] = (75, 150)
+    step_repeats: int = 4
+    step_target: float = 1.6
+    batch_frames: tuple[int, ...] = tuple(50 + 100 * i // 15 for i in range(16))  # 2 to 6 s
+    batch_tokens: int = 10
+    batch_repeats: int = 3
+    batch_target: float = 1.5
+    memory_shapes: tuple[tuple[int, int], ...] = ((2, 80), (8, 20))
+
+
+WORK = {
+    "cpu": SearchWork(),
+    "cuda": SearchWork(
+        step_repeats=10,
+        step_target=2,
+        batch_tokens=50,
+        batch_repeats=3,
+        batch_target=6,
+        memory_shapes=((4, 400), (16, 100)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SearchRow(Row):
+    """A row of the table, in a unit of its own, that tells whether the target is reached."""
+
+    unit: str = field(default="ms", kw_only=True)
+
+    def __str__(self) -> str:
+        """The row in Markdown."""
+        reached = self.ratio >= self.target if self.faster else self.ratio <= self.target
+        limit, comparison = ("at least", " times faster") if self.faster else ("at most", " times")
+        cells = [
+            self.what,
+            f"{self.time:.1f} {self.unit}",
+            f"{self.reference:.1f} {self.unit}",
+            f"{self.ratio:.2f}{comparison}",
+            f"{limit} {self.target:g}{comparison}: {'yes' if reached else 'no'}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+class SearchBenchmark:
+    """A decoder, a CTC layer and searches with them.
+
+    Args:
+        size: Shape of the decoder.
+        beam_size: Hypotheses K.
+        device: Where to compute.
+    """
+
+    def __init__(self, size: Size, beam_size: int, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.size = size
+        self.beam_size = beam_size
+        self.device = device
+        self.eos = size.odim - 1
+        self.decoder = TransformerDecoder(
+            odim=size.odim,
+            attention_dim=size.dim,
+            attention_heads=size.heads,
+            linear_units=size.units,
+            num_blocks=size.blocks,
+        )
+        self.decoder.to(device).eval()
+        self.ctc = CTC(odim=size.odim, encoder_dim=size.dim).to(device).eval()
+        self.ctc_scorer = CTCPrefixScorer(self.ctc, self.eos)
+        self.beam_search = BatchBeamSearch(
+            beam_size=beam_size,
+            vocab_size=size.odim,
+            weights={"decoder": 1 - CTC_WEIGHT, "ctc": CTC_WEIGHT},
+            scorers={"decoder": self.decoder, "ctc": self.ctc_scorer},
+            sos=self.eos,
+            eos=self.eos,
+            pre_beam_score_key="decoder",
+        )
+
+    def memory(self, frames: int, seed: int = 0) -> Tensor:
+        """Encoder output of an utterance: noise, (T, D)."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(frames, self.size.dim, generator=generator).to(self.device)
+
+    def search(self, memory: Tensor, tokens: int) -> list[Hypothesis]:
+        """N-best list of one utterance (T, D), all of as many tokens."""
+        return self.beam_search(memory, maxlenratio=-tokens, minlenratio=-tokens)
+
+    def search_batch(self, memories: list[Tensor], tokens: int) -> list[list[Hypothesis]]:
+        """The same of several utterances at once."""
+        lengths = torch.tensor([len(memory) for memory in memories], device=self.device)
+        padded = pad_sequence(memories, batch_first=True)
+        return self.beam_search(padded, lengths, maxlenratio=-tokens, minlenratio=-tokens)
+
+    def products(self, rows: int, frames: int, lengths: Iterable[int]) -> Callable[[], None]:
+        """The matrix products of some steps.
+
+        Args:
+            rows: Hypotheses N, of one utterance as far as its memory is concerned.
+            frames: Frames T of the memory.
+            lengths: Tokens that each step attends to.
+
+        Returns:
+            What computes them, and nothing else.
+        """
+        size = self.size
+        random = partial(torch.randn, device=self.device)
+        head_dim = size.dim // size.heads
+        x, hidden = random(rows, size.dim), random(rows, size.units)
+        query, to_memory = (
+            random(rows * size.heads, 1, head_dim),
+            random(size.heads, rows, head_dim),
+        )
+        tokens = [
+            (
+                random(len(query), head_dim, length),
+                random(len(query), 1, length),
+                random(len(query), length, head_dim),
+            )
+            for length in lengths
+        ]
+        memory_keys = random(size.heads, head_dim, frames)
+        memory_weights = random(size.heads, rows, frames)
+        memory_values = random(size.heads, frames, head_dim)
+        blocks = [[weight.t() for weight in _block_weights(one)] for one in self.decoder.decoders]
+        output = self.decoder.output_layer.weight.t()
+
+        def compute() -> None:
+            for keys, weights, values in tokens:
+                for *projections, feed_forward_in, feed_forward_out in blocks:
+                    for projection in projections:
+                        torch.mm(x, projection)
+                    torch.bmm(query, keys)
+                    torch.bmm(weights, values)
+                    torch.bmm(to_memory, memory_keys)
+                    torch.bmm(memory_weights, memory_values)
+                    torch.mm(x, feed_forward_in)
+                    torch.mm(hidden, feed_forward_out)
+                torch.mm(x, output)
+
+        return compute
+
+    def ctc_steps(self, frames: int) -> Callable[[], None]:
+        """The CTC prefix scores of all timed steps of one utterance.
+
+        Args:
+            frames: Its frames T.
+
+        Returns:
+            What computes them: scores of the candidates, then the recursion for what is kept.
+        """
+        memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
+        state = self.ctc_scorer.init(memory, lengths, self.beam_size)
+        rows = torch.arange(self.beam_size, device=self.device)
+        candidates = self.beam_search.pre_beam_size
+        chosen = torch.randint(1, self.eos, (self.beam_size, candidates), device=self.device)
+        chosen = torch.nn.functional.pad(chosen, (0, 1), value=self.eos)
+        last = torch.full_like(rows, self.eos)
+
+        def compute() -> None:
+            tokens, current = last, state
+            for step in range(LAST - FIRST + 1):
+                scores, current = self.ctc_scorer.score_partial(tokens, chosen, current)
+                column = step % candidates
+                tokens = chosen[:, column]
+                current = self.ctc_scorer.reorder_partial(current, rows, tokens, scores[:, column])
+
+        return compute
+
+    def decoder_step(self, frames: int) -> Callable[[], Tensor]:
+        """A cached step of the decoder alone, in the middle of the timed ones.
+
+        Args:
+            frames: Frames T of one utterance.
+
+        Returns:
+            What scores the tokens that follow, (K, V), each time as many.
+        """
+        memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
+        state = self.decoder.init(memory, lengths, self.beam_size)
+        tokens = torch.randint(1, self.eos, (self.beam_size,), device=self.device)
+        for _ in range(MIDDLE - 1):
+            _, state = self.decoder.score(tokens, state)
+        return lambda: self.decoder.score(tokens, state)[0]
+
+    def token_bytes(self) -> int:
+        """Keys and values of one token of every hypothesis of an utterance."""
+        return self.beam_size * self.size.blocks * 2 * self.size.dim * torch.float32.itemsize
+
+
+def _block_weights(block: torch.nn.Module) -> list[Tensor]:
+    """Weights that a step multiplies by: the memory's keys and values are there already."""
+    own, source, feed_forward = block.self_attn, block.src_attn, block.feed_forward
+    layers = [own.linear_q, own.linear_k, own.linear_v, own.linear_out]
+    layers += [source.linear_q, source.linear_out, feed_forward.w_1, feed_forward.w_2]
+    return [layer.weight for layer in layers]
+
+
+def graph_of(function: Callable[[], Tensor]) -> Callable[[], None]:
+    """Captures what a function starts on the GPU; it is called once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[SearchRow]:
+    """Times a step of the search of one utterance.
+
+    Args:
+        benchmark: Decoder and search.
+        frames: Frames T.
+        work: How much is computed.
+
+    Yields:
+        Rows of the step and of its CTC prefix scores.
+    """
+    memory, steps = benchmark.memory(frames), LAST - FIRST + 1
+    reference = benchmark.products(benchmark.beam_size, frames, range(FIRST, LAST + 1))
+    name = "bare products"
+    if benchmark.device.type == "cuda":
+        replay = graph_of(benchmark.decoder_step(frames))
+        reference, name = lambda: [replay() for _ in range(steps)], "its decoder in a CUDA graph"
+    alternatives = [
+        partial(benchmark.search, memory, FIRST - 1),
+        partial(benchmark.search, memory, LAST),
+        reference,
+        benchmark.ctc_steps(frames),
+    ]
+    timings = time_in_turns(alternatives, benchmark.device, work.step_repeats)
+    first, last, bare, ctc = (timing.milliseconds / steps for timing in timings)
+    title = f"{frames} frames, beam {benchmark.beam_size}"
+    yield SearchRow(
+        f"A step, {title} (reference: {name})", last - first, bare, work.step_target, False
+    )
+    yield SearchRow(
+        f"Its CTC prefix scores, {title} (reference: the step)",
+        ctc,
+        last - first,
+        CTC_TARGET,
+        False,
+    )
+
+
+def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
+    """Times the search of several utterances at once and one by one.
+
+    Args:
+        benchmark: Decoder and search.
+        work: How much is computed.
+
+    Returns:
+        A row, in milliseconds per utterance.
+    """
+    memories = [benchmark.memory(frames, seed) for seed, frames in enumerate(work.batch_frames)]
+    count, tokens = len(memories), work.batch_tokens
+    timings = time_in_turns(
+        [
+            lambda: benchmark.search_batch(memories, tokens),
+            lambda: [benchmark.search(memory, tokens) for memory in memories],
+        ],
+        benchmark.device,
+        work.batch_repeats,
+    )
+    together, alone = (timing.milliseconds / count for timing in timings)
+    best_together, best_alone = (
+        [nbest[0].yseq.tolist() for nbest in timing.result] for timing in timings
+    )
+    same = sum(one == other for one, other in zip(best_together, best_alone, strict=True))
+    products = [
+        benchmark.products(benchmark.beam_size * rows, max(work.batch_frames), [tokens])
+        for rows in (count, 1)
+    ]
+    repeats = 3 * work.batch_repeats
+    timings = time_in_turns(products, benchmark.device, repeats)
+    at_once, bare = (timing.milliseconds for timing in timings)
+    shortest, longest = (edge(work.batch_frames) / FRAMES_PER_SECOND for edge in (min, max))
+    return SearchRow(
+        f"{count} utterances of {shortest:.1f} to {longest:.1f} s at once, {tokens} tokens each, "
+        "an utterance (reference: one by one)",
+        together,
+        alone,
+        work.batch_target,
+        True,
+        notes=[
+            f"at once and one by one, the best hypotheses of {same} of {count} utterances have the "
+            f"same tokens; every hypothesis has {tokens}",
+            f"the bare products of a step are {count * bare / at_once:.2f} times faster for "
+            f"{count} utterances at once: the most to be gained where little else takes time",
+        ],
+    )
+
+
+def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most memory that a call takes beside what is there before.
+
+    Args:
+        function: What is called.
+        device: Where it computes. On a CPU, the pages of the process count, as Linux tells.
+
+    Returns:
+        Bytes.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # Freed memory that is used again would not count.
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    before = _resident_bytes("VmHWM")
+    function()
+    return _resident_bytes("VmHWM") - before
+
+
+def _resident_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[SearchRow]:
+    """Measures the memory of batches of as many padded frames, decoded to one token a frame.
+
+    Args:
+        benchmark: Decoder and search.
+        work: How much is computed.
+
+    Yields:
+        A row for each batch, in megabytes.
+    """
+    for utterances, frames in work.memory_shapes:
+        memories = [benchmark.memory(frames, seed) for seed in range(utterances)]
+        peak = peak_bytes(
+            partial(benchmark.search_batch, memories, frames), device=benchmark.device
+        )
+        yield SearchRow(
+            f"Memory of {utterances} utterances of {frames} frames (reference: keys and values)",
+            peak / 1e6,
+            utterances * frames * benchmark.token_bytes() / 1e6,
+            MEMORY_TARGET,
+            False,
+            unit="MB",
+            notes=[
+                f"with --decode-max-frames {MAX_FRAMES}, a search of {utterances} utterances of "
+                f"{MAX_FRAMES // utterances} frames would take "
+                f"{MAX_FRAMES / (utterances * frames) * peak / 1e9:.1f} GB at most: memory grows "
+                "with the frames of a batch, padding included"
+            ],
+        )
+
+
+def measure(
+    size: Size, beam_size: int, work: SearchWork, device: torch.device
+) -> Iterator[SearchRow]:
+    """Measures all.
+
+    Args:
+        size: Shape of the decoder.
+        beam_size: Hypotheses K.
+        work: How much is computed.
+        device: Where.
+
+    Yields:
+        Rows of the table.
+    """
+    benchmark = SearchBenchmark(size, beam_size, device)
+    benchmark.search(benchmark.memory(10), 2)  # Libraries take memory on their first use.
+    # Memory first: the less is kept from before, the more exact it is.
+    memory = list(measure_memory(benchmark, work))
+    for frames in work.step_frames:
+        yield from measure_step(benchmark, frames, work)
+    yield measure_batch(benchmark, work)
+    yield from memory

@@ -1,0 +1,273 @@
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import decode, search_step
+from benchmarks.search_step import FIRST, LAST, SearchBenchmark, SearchRow, SearchWork, Size
+from benchmarks.timing import Timing
+
+CPU = torch.device("cpu")
+SIZE, BEAM = Size(odim=40, dim=8, heads=2, units=12, blocks=2), 3
+WORK = SearchWork(
+    step_frames=(45,),
+    step_repeats=2,
+    batch_frames=(45, 50, 41),
+    batch_tokens=4,
+    memory_shapes=((2, 6), (3, 4)),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def benchmark():
+    return SearchBenchmark(SIZE, BEAM, CPU)
+
+
+class Products(TorchDispatchMode):
+    """Notes the shapes of matrix products, without zeros, and the names of all other operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.others = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            left, right = args[-2:]
+            self.shapes.append((*left.shape, right.shape[-1]))
+        elif name == "_scaled_dot_product_flash_attention_for_cpu":
+            query, keys = args[:2]
+            batch, heads, queries, head_dim = query.shape
+            length = keys.size(2)
+            self.shapes.append((batch * heads, queries, head_dim, length))
+            self.shapes.append((batch * heads, queries, length, head_dim))
+        else:
+            self.others.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_bare_products_are_those_of_the_steps_and_nothing_else(benchmark):
+    frames = 45
+    compute = benchmark.products(BEAM, frames, range(FIRST, LAST + 1))
+    with Products() as bare:
+        compute()
+    assert not bare.others
+    searches = []
+    for tokens in (FIRST - 1, LAST):
+        with Products() as products:
+            benchmark.search(benchmark.memory(frames), tokens)
+        searches.append(products.shapes)
+    first, last = searches
+    assert last[: len(first)] == first
+    assert sorted(bare.shapes) == sorted(last[len(first) :])
+
+
+def test_all_searches_decode_as_many_tokens(benchmark):
+    memories = [benchmark.memory(frames, seed) for seed, frames in enumerate((9, 7, 8))]
+    together = benchmark.search_batch(memories, 5)
+    alone = [benchmark.search(memory, 5) for memory in memories]
+    for nbest in (*together, *alone):
+        assert {len(hypothesis.yseq) for hypothesis in nbest} == {1 + 5 + 1}
+    assert [[one.yseq.tolist() for one in nbest] for nbest in together] == [
+        [one.yseq.tolist() for one in nbest] for nbest in alone
+    ]
+
+
+def test_ctc_scores_the_candidates_of_every_step(benchmark, monkeypatch):
+    calls = []
+    scorer = benchmark.ctc_scorer
+    for name in ("score_partial", "reorder_partial"):
+        method = getattr(scorer, name)
+
+        def call(*args, name=name, method=method):
+            calls.append((name, args[1].shape))
+            return method(*args)
+
+        monkeypatch.setattr(scorer, name, call)
+    steps = [("score_partial", (BEAM, 5)), ("reorder_partial", (BEAM,))]  # 4 of 1.5 · 3, and eos
+    compute = benchmark.ctc_steps(20)
+    for _ in range(2):
+        calls.clear()
+        compute()
+        assert calls == steps * (LAST - FIRST + 1)
+    calls.clear()
+    benchmark.search(benchmark.memory(20), 2)
+    assert calls == steps + steps[:1]
+
+
+def test_the_step_for_a_graph_is_in_the_middle(benchmark):
+    step = benchmark.decoder_step(7)
+    with Products() as products:
+        scores = step()
+    assert scores.shape == (BEAM, SIZE.odim)
+    head_dim, middle = SIZE.dim // SIZE.heads, (FIRST + LAST) // 2
+    assert products.shapes.count((BEAM * SIZE.heads, 1, head_dim, middle)) == SIZE.blocks
+
+
+def test_a_step_is_what_further_steps_take(benchmark, monkeypatch):
+    def time_in_turns(functions, device, repeats):
+        assert (device, repeats, len(functions)) == (CPU, 2, 4)
+        return [Timing(36 * time, None) for time in (10.0, 70.0, 40.0, 3.0)]
+
+    monkeypatch.setattr(search_step, "time_in_turns", time_in_turns)
+    rows = [str(row) for row in search_step.measure_step(benchmark, 45, WORK)]
+    assert rows == [
+        "| A step, 45 frames, beam 3 (reference: bare products) | 60.0 ms | 40.0 ms | 1.50 times "
+        "| at most 1.6 times: yes |",
+        "| Its CTC prefix scores, 45 frames, beam 3 (reference: the step) | 3.0 ms | 60.0 ms "
+        "| 0.05 times | at most 0.2 times: yes |",
+    ]
+
+
+def test_on_a_gpu_the_reference_is_a_graph(benchmark, monkeypatch):
+    replays = []
+
+    def graph_of(function):
+        assert function().shape == (BEAM, SIZE.odim)
+        return lambda: replays.append(1)
+
+    def time_in_turns(functions, device, repeats):
+        assert (device.type, repeats) == ("cuda", 2)
+        functions[2]()
+        return [Timing(36 * time, None) for time in (1.0, 6.0, 2.0, 0.5)]
+
+    monkeypatch.setattr(search_step, "graph_of", graph_of)
+    monkeypatch.setattr(search_step, "time_in_turns", time_in_turns)
+    monkeypatch.setattr(benchmark, "device", CudaOnly())
+    benchmark.decoder_step = SearchBenchmark(SIZE, BEAM, CPU).decoder_step
+    monkeypatch.setattr(benchmark, "memory", lambda _: None)
+    monkeypatch.setattr(benchmark, "products", lambda *_: None)
+    monkeypatch.setattr(benchmark, "ctc_steps", lambda _: None)
+    work = replace(WORK, step_target=search_step.WORK["cuda"].step_target)
+    step, _ = search_step.measure_step(benchmark, 45, work)
+    assert len(replays) == LAST - FIRST + 1
+    assert str(step).endswith(
+        "(reference: its decoder in a CUDA graph) | 5.0 ms | 2.0 ms | 2.50 times "
+        "| at most 2 times: no |"
+    )
+
+
+class CudaOnly:
+    type = "cuda"
+
+
+def test_a_batch_beside_one_by_one(benchmark):
+    row = search_step.measure_batch(benchmark, WORK)
+    assert row.what == (
+        "3 utterances of 1.6 to 2.0 s at once, 4 tokens each, an utterance (reference: one by one)"
+    )
+    assert row.faster
+    assert row.time > 0 < row.reference
+    assert row.notes[0] == (
+        "at once and one by one, the best hypotheses of 3 of 3 utterances have the same tokens; "
+        "every hypothesis has 4"
+    )
+    assert re.search(r"of a step are \d+\.\d\d times faster for 3 utterances at once", row.notes[1])
+
+
+@pytest.mark.parametrize(
+    ("faster", "ratio"),
+    [(True, "2.00 times faster | at least 1.5"), (False, "0.50 times | at most 1.5")],
+)
+def test_rows_tell_whether_the_target_is_reached(faster, ratio):
+    row = SearchRow("a", 10.0, 20.0, 1.5, faster, unit="MB")
+    comparison = " times faster" if faster else " times"
+    assert str(row) == f"| a | 10.0 MB | 20.0 MB | {ratio}{comparison}: yes |"
+    missed = replace(row, target=3.0 if faster else 0.4)
+    assert str(missed).endswith(f"{comparison}: no |")
+
+
+def test_peak_memory_is_that_of_the_call():
+    megabytes = 64
+
+    def allocate():
+        return torch.ones(megabytes, 2**20, dtype=torch.uint8).shape
+
+    kept = torch.ones(megabytes, 2**20, dtype=torch.uint8)  # is there before
+    peak = search_step.peak_bytes(allocate, CPU) / 2**20
+    # A page is 4 KB; what else the process does may add some.
+    assert megabytes - 1 < peak < megabytes + 16
+    assert kept.numel() == megabytes * 2**20
+
+
+def test_memory_is_told_beside_keys_and_values(benchmark, monkeypatch):
+    searches = []
+
+    def peak_bytes(function, device):
+        searches.append([len(one.yseq) - 2 for nbest in function() for one in nbest])
+        assert device == CPU
+        return 30_000
+
+    monkeypatch.setattr(search_step, "peak_bytes", peak_bytes)
+    rows = list(search_step.measure_memory(benchmark, WORK))
+    assert [set(tokens) for tokens in searches] == [{6}, {4}]
+    # 12 frames of 3 hypotheses, 2 blocks, keys and values of 8 features of 4 bytes
+    assert [row.reference for row in rows] == [12 * 3 * 2 * 2 * 8 * 4 / 1e6] * 2
+    assert str(rows[0]).startswith("| Memory of 2 utterances of 6 frames (reference: keys and")
+    assert "--decode-max-frames 1600, a search of 3 utterances of 533 frames" in rows[1].notes[0]
+
+
+def test_the_default_is_the_projects_own_decoder(monkeypatch, capsys):
+    sizes = []
+
+    def measure(size, beam_size, work, device):
+        assert work == search_step.WORK["cpu"]
+        sizes.append((size, beam_size, device))
+        yield SearchRow("a row", 1.0, 2.0, 1.6, False, notes=["a note"])
+
+    monkeypatch.setattr(search_step, "measure", measure)
+    decode.main(["--device", "cpu"])
+    decode.main(["--device", "cpu", "--decoder", "transformer", "--beam-size", "7"])
+    assert sizes == [(Size(), beam, CPU) for beam in (40, 7)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:6] == [
+        "| what | measured | reference | ratio | target |",
+        "|---|---|---|---|---|",
+        "| a row | 1.0 ms | 2.0 ms | 0.50 times | at most 1.6 times: yes |",
+        "",
+    ]
+    assert lines[6] == "- a note"
+
+
+def test_command_prints_all_rows(monkeypatch, capsys):
+    monkeypatch.setattr(search_step, "Size", lambda: SIZE)
+    monkeypatch.setitem(search_step.WORK, "cpu", WORK)
+    decode.main(["--device", "cpu", "--beam-size", "3"])
+    rows = [
+        line for line in capsys.readouterr().out.splitlines() if line.endswith(("yes |", "no |"))
+    ]
+    beginnings = ["A step, 45", "Its CTC", "3 utterances", "Memory of 2", "Memory of 3"]
+    assert [row.startswith(f"| {start}") for row, start in zip(rows, beginnings, strict=True)] == [
+        True
+    ] * 5
+
+
+def test_the_checkpoints_precision_is_not_for_the_own_decoder(capsys):
+    with pytest.raises(SystemExit):
+        decode.main(["--device", "cpu", "--dtype", "bfloat16"])
+    assert "--dtype bfloat16 is for a checkpoint" in capsys.readouterr().err
+
+
+def test_the_full_size_is_that_of_published_models():
+    size = Size()
+    with torch.device("meta"):
+        decoder = search_step.TransformerDecoder(
+            odim=size.odim,
+            attention_dim=size.dim,
+            attention_heads=size.heads,
+            linear_units=size.units,
+            num_blocks=size.blocks,
+        )
+        default = search_step.TransformerDecoder(odim=5049)
+    shapes = [value.shape for value in decoder.parameters()]
+    assert shapes == [value.shape for value in default.parameters()]
+    frames = search_step.WORK["cpu"].batch_frames
+    assert (len(frames), min(frames), max(frames)) == (16, 50, 150)
