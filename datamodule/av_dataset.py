@@ -214,4 +214,4 @@ def _fit_to_video(audio: torch.Tensor, num_frames: int, path: str) -> torch.Tens
             f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
             f"{len(audio) / AUDIO_RATE:.2f} s, expected a difference of at most 0.2 s",
         )
-    return F.pad(audio, (0, missing)) if missing else audio
+    return F.pad(audio, (0, missing)) if missing > 0 else audio[: num_frames * SAMPLES_PER_FRAME]

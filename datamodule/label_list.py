@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import numpy as np
 
 CHUNK_BYTES = 4 << 20  # what is parsed at a time; bounds the memory of the intermediate arrays
+CHUNK_ROWS = 1 << 16  # likewise, where rows are gone through one by one
 MAX_DIGITS = 9
 
-COMMA, NEWLINE, RETURN, ZERO, NINE = (ord(character) for character in ",\n\r09")
+COMMA, NEWLINE, ZERO = (ord(character) for character in ",\n0")
 IS_SPACE = np.isin(np.arange(256), [ord(character) for character in " \t\r\n"])
-IS_DIGIT = (np.arange(256) >= ZERO) & (np.arange(256) <= NINE)
 
 
 class LabelList:
@@ -48,6 +48,7 @@ class LabelList:
                 self._data = stream.read()
         except OSError as error:
             raise ValueError(f"{self.file}: cannot read the label list: {error.strerror}") from None
+        self._position_type = np.uint32 if len(self._data) < 1 << 32 else np.int64
         parts = []
         num_lines = 0
         for begin, end in _chunks(self._data):
@@ -55,10 +56,9 @@ class LabelList:
             num_lines += self._data.count(b"\n", begin, end)
         if not any(len(part[0]) for part in parts):
             raise ValueError(f"{self.file}: the label list is empty, expected one row an utterance")
-        bounds, self._lines, self.num_frames, is_text = (
+        self._bounds, self._lines, self.num_frames, is_text = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
-        self._bounds = bounds.astype(np.uint32 if len(self._data) < 1 << 32 else np.int64)
         self.holds_ids = self._decide_kind(is_text)
 
     def __len__(self) -> int:
@@ -88,6 +88,30 @@ class LabelList:
         """Return the last field of a list that holds token ids."""
         return [int(word) for word in self.text(index).split()]
 
+    def folders(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
+        """Go through the list folder by folder.
+
+        Yields:
+            A folder; the indices of the utterances whose videos are in it, ascending (n,); the
+            names of these files.
+        """
+        numbers: dict[bytes, int] = {}  # of the folders
+        folder_of = np.empty(len(self), np.int32)
+        cuts = np.empty(len(self), self._bounds.dtype)  # where folders end: at "/" or at a comma
+        for begin in range(0, len(self), CHUNK_ROWS):
+            columns = self._bounds[begin : begin + CHUNK_ROWS, :3].T.tolist()
+            for index, (start, first, second) in enumerate(zip(*columns, strict=True), begin):
+                cut = max(first, self._data.rfind(b"/", first, second))
+                folder_of[index] = numbers.setdefault(self._data[start:cut], len(numbers))
+                cuts[index] = cut
+        order = np.argsort(folder_of, kind="stable")
+        ends = np.cumsum(np.bincount(folder_of, minlength=len(numbers)))
+        for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+            indices = order[begin:end]
+            places = zip(cuts[indices].tolist(), self._bounds[indices, 2].tolist(), strict=True)
+            names = [self._text(cut + 1, after) for cut, after in places]
+            yield os.path.dirname(self.path(indices[0])), indices, names
+
     def longer_than(self, max_frames: int) -> np.ndarray:
         """Return the indices of the utterances with more than `max_frames` frames."""
         return np.flatnonzero(self.num_frames > max_frames)
@@ -106,7 +130,7 @@ class LabelList:
             edges = np.zeros(len(chunk) + 1, np.int8)  # +1 where a last field begins, -1 after it
             edges[bounds[:, 3] + 1 - offset] += 1
             edges[bounds[:, 4] - offset] -= 1
-            in_word = IS_DIGIT[chunk] & np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
+            in_word = _is_digit(chunk) & np.cumsum(edges[:-1], dtype=np.int8).astype(bool)
             changes = np.flatnonzero(np.diff(in_word, prepend=False, append=False))
             starts, ends = changes[::2], changes[1::2]
             ids = _numbers(chunk, starts, ends)
@@ -156,10 +180,10 @@ class LabelList:
         malformed |= num_solid == 0
         self._refuse(malformed, begin, starts, ends, lines)
 
-        digits = _running_count(IS_DIGIT[chunk])
+        digits = _running_count(_is_digit(chunk))
         is_text = digits[ends] - digits[commas[:, 2] + 1] < num_solid
         bounds = np.column_stack([starts, commas, ends]) + begin
-        return bounds, lines, num_frames.astype(np.int32), is_text
+        return bounds.astype(self._position_type), lines, num_frames, is_text
 
     def _refuse(
         self,
@@ -211,16 +235,22 @@ def _running_count(flags: np.ndarray) -> np.ndarray:
     return counts
 
 
+def _is_digit(characters: np.ndarray) -> np.ndarray:
+    """Tell which characters are 0 to 9: uint8 (N,) -> bool (N,)."""
+    return characters - np.uint8(ZERO) < 10  # What comes before "0" wraps around.
+
+
 def _numbers(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Read the decimal numbers in the ranges [start, end): int64 (N,), -1 where it is not one."""
+    """Read the decimal numbers in the ranges [start, end): int32 (N,), -1 where it is not one."""
     sizes = ends - starts
-    values = np.where((sizes > 0) & (sizes <= MAX_DIGITS), 0, -1)
+    values = np.zeros(len(sizes), np.int32)
+    is_number = (sizes > 0) & (sizes <= MAX_DIGITS)
     for place in range(min(MAX_DIGITS, int(sizes.max(initial=0)))):
-        active = (place < sizes) & (values >= 0)
-        characters = text[starts[active] + place]
-        digits = characters.astype(np.int64) - ZERO
-        values[active] = np.where(IS_DIGIT[characters], values[active] * 10 + digits, -1)
-    return values
+        inside = place < sizes
+        characters = text[np.maximum(ends - 1 - place, 0)]
+        is_number &= _is_digit(characters) | ~inside
+        values += (characters - np.uint8(ZERO)) * inside * np.int32(10**place)
+    return np.where(is_number, values, np.int32(-1))
 
 
 def _shorten(text: str, limit: int = 80) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 IGNORE_ID = -1
 STREAMS = ("video", "audio")
@@ -42,8 +43,26 @@ def collate_pad(items: list[Item | None]) -> dict[str, Any]:
     for name in (*(stream for stream in STREAMS if stream in clips[0]), "target"):
         sequences = [clip[name] for clip in clips]
         padding = IGNORE_ID if name == "target" else 0
-        batch[f"{name}s"] = pad_sequence(sequences, batch_first=True, padding_value=padding)
+        batch[f"{name}s"] = _pad(sequences, padding)
         batch[f"{name}_lengths"] = torch.tensor([len(sequence) for sequence in sequences])
+    return batch
+
+
+def _pad(sequences: list[torch.Tensor], padding: int) -> torch.Tensor:
+    """Pad sequences (T, ...) to one tensor (B, longest T, ...)."""
+    first = sequences[0]
+    shape = (len(sequences), max(map(len, sequences)), *first.shape[1:])
+    if get_worker_info() is None:
+        # NumPy asks for huge pages, without which most of the time would go into page faults.
+        batch = torch.from_numpy(np.empty(shape, first.numpy().dtype))
+    else:
+        # As in torch's own collate: in the memory that the batch would else be copied to, to be
+        # passed on to the parent.
+        storage = torch.UntypedStorage._new_shared(math.prod(shape) * first.element_size())
+        batch = torch.empty(0, dtype=first.dtype).set_(storage, 0, shape)
+    for row, sequence in zip(batch, sequences, strict=True):
+        row[: len(sequence)] = sequence
+        row[len(sequence) :] = padding
     return batch
 
 

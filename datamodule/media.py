@@ -23,9 +23,6 @@ SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE
 LUMA_FORMATS = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "gray"}
 LUMA_601_COLORSPACES = {2, 5, 6}
 LUMA_601_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-# Studio range 16..235 to 0..255. Rounded down, which keeps the mean within a level of FFmpeg's RGB:
-# its conversion to RGB rounds down as well.
-FULL_RANGE = (np.clip(np.arange(256) - 16, 0, 219) * 255 // 219).astype(np.uint8)
 
 
 class MediaError(ValueError):
@@ -38,9 +35,14 @@ class MediaError(ValueError):
         return ": ".join(self.args)
 
 
+def wav_beside(video_path: str) -> str:
+    """Name the .wav beside a video, whether there is one or not."""
+    return os.path.splitext(video_path)[0] + ".wav"
+
+
 def find_audio(video_path: str) -> str:
     """Name the file that holds a clip's audio: the .wav beside it, or else the video itself."""
-    wav_path = os.path.splitext(video_path)[0] + ".wav"
+    wav_path = wav_beside(video_path)
     return wav_path if os.path.exists(wav_path) else video_path
 
 
@@ -59,7 +61,7 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     """
     import torch
 
-    frames, times = [], []  # grey pictures, and when each is shown in seconds
+    frames, studio_range, times = [], [], []  # times: when each frame is shown, in seconds
     reformatter = VideoReformatter()
     try:
         with av.open(os.fspath(path)) as container:
@@ -69,7 +71,9 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
             stream.codec_context.thread_count = 1
             rate = float(stream.average_rate or VIDEO_RATE)
             for frame in container.decode(stream):
-                frames.append(_grey(frame, reformatter))
+                picture, is_studio_range = _grey(frame, reformatter)
+                frames.append(picture)
+                studio_range.append(is_studio_range)
                 times.append(len(times) / rate if frame.time is None else frame.time)
     except (av.error.FFmpegError, OSError) as error:
         raise _unreadable(path, error) from error
@@ -78,7 +82,13 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     if any(frame.shape != frames[0].shape for frame in frames):
         raise MediaError(path, "the frame size changes within the video")
     chosen = _nearest_frames(np.array(times), last_duration=1 / rate)
-    return torch.from_numpy(np.stack([frames[index] for index in chosen]))  # (T, H, W)
+    pictures = np.stack([frames[index] for index in chosen])  # (T, H, W)
+    if all(studio_range):
+        _stretch_range(pictures)
+    else:
+        for index in np.flatnonzero(np.array(studio_range)[chosen]):
+            _stretch_range(pictures[index])
+    return torch.from_numpy(pictures)
 
 
 def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -99,11 +109,12 @@ def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
     samples = _read_plain_wav(path)
     if samples is None:
         samples = _decode_audio(path)
+        if not np.isfinite(samples).all():
+            raise MediaError(path, "the audio holds samples that are not finite")
+        np.clip(samples, -1.0, 1.0, out=samples)
     if len(samples) == 0:
         raise MediaError(path, "the audio stream holds no sample")
-    if not np.isfinite(samples).all():
-        raise MediaError(path, "the audio holds samples that are not finite")
-    return torch.from_numpy(np.clip(samples, -1.0, 1.0, out=samples))
+    return torch.from_numpy(samples)
 
 
 def write_video(
@@ -181,7 +192,7 @@ def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
             pcm = np.frombuffer(file.readframes(file.getnframes()), "<i2")
     except (OSError, EOFError, wave.Error, ValueError):
         return None  # another format, or a broken file: FFmpeg decides
-    return pcm.astype(np.float32) / 32768.0
+    return np.multiply(pcm, np.float32(1 / 32768), dtype=np.float32)
 
 
 def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
@@ -205,17 +216,33 @@ def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
     return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
 
 
-def _grey(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    """Turn a decoded frame into grey levels, full range, with the weights of ITU-R 601: (H, W)."""
+def _grey(frame: av.VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, bool]:
+    """Turn a decoded frame into grey levels with the weights of ITU-R 601.
+
+    Returns:
+        uint8 (H, W), and whether its levels are those of the studio range, 16 to 235.
+    """
     name = frame.format.name
     if name in LUMA_FORMATS and int(frame.colorspace) in LUMA_601_COLORSPACES:
         plane = frame.planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
-        luma = rows[: frame.height, : frame.width]
         full_range = name == "gray" or "yuvj" in name or frame.color_range == ColorRange.JPEG
-        return luma if full_range else FULL_RANGE[luma]
+        # A copy lets go of the frame, whose memory the decoder then uses again.
+        return rows[: frame.height, : frame.width].copy(), not full_range
     image = reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()  # (H, W, 3)
-    return np.rint(image @ LUMA_601_WEIGHTS).astype(np.uint8)
+    return np.rint(image @ LUMA_601_WEIGHTS).astype(np.uint8), False
+
+
+def _stretch_range(pictures: np.ndarray) -> None:
+    """Stretch the levels 16 to 235 of uint8 pictures to 0 to 255, in place.
+
+    Rounded down, which keeps the mean within a level of FFmpeg's RGB: it rounds down as well.
+    """
+    levels = np.clip(pictures, 16, 235).astype(np.uint16)
+    levels -= 16
+    levels *= 255
+    levels //= 219
+    pictures[:] = levels
 
 
 def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:

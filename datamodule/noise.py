@@ -105,7 +105,7 @@ class BabbleNoise:
         for path in others[: self._num_voices]:
             voice = self._voice(path)
             if len(voice) > 0:
-                babble += _draw_stretch(voice, num_samples, generator)
+                _add_stretch(babble, voice, generator)
         return babble
 
     def _voice(self, path: str) -> torch.Tensor:
@@ -146,12 +146,28 @@ def _draw_stretch(
     noise: torch.Tensor, num_samples: int, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Cut `num_samples` out of a noise at a random place; a shorter noise is repeated."""
-    if len(noise) >= num_samples:
-        start = _draw_int(len(noise) - num_samples + 1, generator)
+    start = _draw_start(noise, num_samples, generator)
+    if start + num_samples <= len(noise):
         return noise[start : start + num_samples]
-    start = _draw_int(len(noise), generator)
     repeats = (start + num_samples) // len(noise) + 1
     return noise.repeat(repeats)[start : start + num_samples]
+
+
+def _add_stretch(
+    babble: torch.Tensor, voice: torch.Tensor, generator: torch.Generator | None
+) -> None:
+    """Add a stretch of a voice, as `_draw_stretch` cuts it, to babble (S,) in place."""
+    begin, start = 0, _draw_start(voice, len(babble), generator)
+    while begin < len(babble):
+        part = voice[start : start + len(babble) - begin]
+        babble[begin : begin + len(part)] += part
+        begin, start = begin + len(part), 0
+
+
+def _draw_start(noise: torch.Tensor, num_samples: int, generator: torch.Generator | None) -> int:
+    """Draw where a stretch begins: where all of it fits in, if the noise is long enough."""
+    spare = len(noise) - num_samples
+    return _draw_int(spare + 1 if spare >= 0 else len(noise), generator)
 
 
 def _draw_int(limit: int, generator: torch.Generator | None) -> int:

@@ -48,7 +48,7 @@ DEMO_OPTIONS = {
     "lr": 2e-3,
     "max_frames": 360,
     "dropout_rate": 0.05,
-    "max_epochs": 10,
+    "max_epochs": 12,
     "average_epochs": 3,
     "warmup_epochs": 1,
     "num_workers": 1,
