@@ -70,7 +70,7 @@ class Work:
     sizes: dict[str, int | float] = field(default_factory=dict)
 
 
-WORK = {"cpu": Work(elayers=4, repeats=2), "cuda": Work(elayers=12, repeats=10)}
+WORK = {"cpu": Work(elayers=4, repeats=3), "cuda": Work(elayers=12, repeats=10)}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from media_files import make_speech
 
+from datamodule import data_module
 from datamodule.data_module import DataModule
 from datamodule.media import MediaError, write_audio
 from datamodule.noise import BabbleNoise, FileNoise
@@ -272,3 +273,68 @@ def test_spawned_workers_give_the_same_batches(make):
 def test_unknown_streams(make, streams):
     with pytest.raises(ValueError, match=r"expected some of \('video', 'audio'\)"):
         make(streams=streams)
+
+
+@pytest.fixture
+def folders(corpus):
+    """A list of empty files in two folders, twenty to a folder; the folders take turns."""
+    rows = []
+    for row in range(40):
+        path = corpus.root / "set" / f"{row % 2}" / f"{row}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        rows.append(f"set,{row % 2}/{row}.mp4,20,1")
+    corpus.write_list("folders.csv", rows)
+    return corpus.root / "set"
+
+
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+def test_the_first_missing_file_is_named(make, folders, streams):
+    data = {"train_file": "folders.csv", "val_file": None, "streams": streams}
+    make(**data).setup("fit")
+    (folders / "1" / "7.mp4").unlink()
+    (folders / "0" / "8.mp4").unlink()
+    (folders / "0" / "8.mp4").mkdir()
+    (folders / "0" / "12.mp4").unlink()
+    for name, line in [("1/7", 8), ("0/8", 9), ("0/12", 13)]:
+        message = rf"{name}.mp4: it does not exist, but .*folders.csv, line {line} names it"
+        with pytest.raises(MediaError, match=message):
+            make(**data).setup("fit")
+        if (folders / f"{name}.mp4").is_dir():
+            (folders / f"{name}.mp4").rmdir()
+        (folders / f"{name}.mp4").touch()
+    make(**data).setup("fit")
+
+
+def test_a_link_to_nothing_and_a_missing_folder_are_missing_files(make, folders):
+    data = {"train_file": "folders.csv", "val_file": None}
+    clip = folders / "1" / "7.mp4"
+    clip.rename(folders / "clip.mp4")
+    clip.symlink_to(folders / "clip.mp4")
+    make(**data).setup("fit")
+    (folders / "clip.mp4").unlink()
+    with pytest.raises(MediaError, match=r"1/7.mp4: it does not exist, but .* line 8 names it"):
+        make(**data).setup("fit")
+    (folders / "0").rename(folders / "2")
+    with pytest.raises(MediaError, match=r"0/0.mp4: it does not exist, but .* line 1 names it"):
+        make(**data).setup("fit")
+
+
+@pytest.mark.parametrize("most_listed", [0, 1, 8])
+def test_files_in_crowded_folders_are_found_too(make, folders, monkeypatch, most_listed):
+    monkeypatch.setattr(data_module, "MOST_LISTED", most_listed)
+    for number in range(200):
+        (folders / "0" / f"other{number}.mp4").touch()
+    data = {"train_file": "folders.csv", "val_file": None}
+    make(**data).setup("fit")
+    (folders / "0" / "8.mp4").unlink()
+    with pytest.raises(MediaError, match=r"0/8.mp4: it does not exist"):
+        make(**data).setup("fit")
+
+
+def test_a_wav_stands_for_a_video_where_there_is_only_audio(make, folders):
+    (folders / "1" / "7.mp4").rename(folders / "1" / "7.wav")
+    data = {"train_file": "folders.csv", "val_file": None}
+    make(**data, streams=("audio",)).setup("fit")
+    with pytest.raises(MediaError, match=r"1/7.mp4: it does not exist"):
+        make(**data).setup("fit")

@@ -111,3 +111,23 @@ def test_token_ids_outside_the_vocabulary(write, monkeypatch, chunk_bytes, wrong
 
 def test_token_ids_within_the_vocabulary(write):
     write("s,100.mp4,999,1 2\ns,b,1000,40").check_token_ids(40)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 1 << 16])
+def test_rows_by_folder(write, tmp_path, monkeypatch, chunk_rows):
+    monkeypatch.setattr(label_list, "CHUNK_ROWS", chunk_rows)
+    paths = ["a/1.mp4", "b/1.mp4", "ü.mp4", "a/2 b.mp4", "a/c/1.mp4", "/abs/1.mp4", "b/2.mp4"]
+    labels = write("".join(f"s/t,{path},25,a/b\n" for path in paths))
+    found = {}
+    for folder, indices, names in labels.folders():
+        found[folder] = list(zip(indices.tolist(), names, strict=True))
+    root = f"{tmp_path}/s/t"
+    assert found == {
+        f"{root}/a": [(0, "1.mp4"), (3, "2 b.mp4")],
+        f"{root}/b": [(1, "1.mp4"), (6, "2.mp4")],
+        root: [(2, "ü.mp4")],
+        f"{root}/a/c": [(4, "1.mp4")],
+        "/abs": [(5, "1.mp4")],
+    }
+    for folder, rows in found.items():
+        assert [f"{folder}/{name}" for _, name in rows] == [labels.path(row) for row, _ in rows]

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from datamodule import loaders
 from datamodule.loaders import ClipLoader, ResumableLoader, collate_pad
 from datamodule.media import MediaError
 from datamodule.samplers import LengthBucketBatchSampler
@@ -154,3 +156,24 @@ def test_workers_outlive_signals_unless_they_come_from_their_parent():
     worker.terminate()
     worker.join(5)
     assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("in_worker", [True, False])
+def test_a_worker_pads_in_the_memory_that_it_shares(monkeypatch, in_worker):
+    monkeypatch.setattr(loaders, "get_worker_info", lambda: object() if in_worker else None)
+    items = [
+        {
+            "video": torch.randn(length, 1, 4, 6),
+            "audio": torch.randn(640 * length, 1),
+            "target": torch.randint(1, 9, (8 - length,)),
+            "index": length,
+        }
+        for length in (3, 5, 1)
+    ]
+    batch = collate_pad(items)
+    for name, padding in [("video", 0), ("audio", 0), ("target", -1)]:
+        sequences = [item[name] for item in items]
+        expected = pad_sequence(sequences, batch_first=True, padding_value=padding)
+        torch.testing.assert_close(batch[f"{name}s"], expected, rtol=0, atol=0)
+        assert batch[f"{name}s"].is_contiguous()
+        assert batch[f"{name}s"].is_shared() == in_worker

@@ -13,6 +13,7 @@ import torchaudio
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from media_files import make_picture, make_speech, write_sound_track
 
+from datamodule import media
 from datamodule.media import (
     MediaError,
     find_audio,
@@ -249,3 +250,20 @@ def test_write_errors(tmp_path):
 def test_writers_do_not_import_torch():
     code = "import sys, datamodule.media; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_studio_range_is_stretched_rounding_down():
+    pictures = np.arange(256, dtype=np.uint8).reshape(2, 8, 16)
+    media._stretch_range(pictures)
+    expected = [min(max(level - 16, 0), 219) * 255 // 219 for level in range(256)]
+    assert pictures.ravel().tolist() == expected
+
+
+def test_frames_may_differ_in_range(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", make_picture(5))
+    ranges = [True, False, False, True, False]
+    grey = iter((np.full((32, 32), 126, np.uint8), is_studio) for is_studio in ranges)
+    monkeypatch.setattr(media, "_grey", lambda *_: next(grey))
+    video = read_video(tmp_path / "a.mp4")
+    assert video[:, 0, 0].tolist() == [128, 126, 126, 128, 126]
+    assert (video == video[:, :1, :1]).all()

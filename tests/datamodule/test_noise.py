@@ -7,6 +7,7 @@ import pytest
 import torch
 from media_files import make_speech
 
+from datamodule import noise as noise_module
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError, find_audio, read_audio, write_audio
 from datamodule.noise import BabbleNoise, FileNoise, add_noise
@@ -117,3 +118,14 @@ def test_babble_of_bad_clips(corpus, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         f"left a bad clip out of the babble: {corpus.root}/set/clips/3.wav: the file is empty"
     ]
+
+
+@pytest.mark.parametrize("num_voice", [1, 7, 100, 101, 1000])
+def test_stretches_are_added_as_they_are_drawn(num_voice):
+    voice, babble = torch.randn(num_voice, generator=seeded(0)), torch.randn(100)
+    for seed in range(20):
+        stretch = noise_module._draw_stretch(voice, 100, seeded(seed))
+        assert stretch.shape == (100,)
+        mixed = babble.clone()
+        noise_module._add_stretch(mixed, voice, seeded(seed))
+        assert torch.equal(mixed, babble + stretch)

@@ -165,3 +165,18 @@ def test_audio_training_without_noise_is_masked_only():
 def test_noise_is_called_for_but_missing():
     with pytest.raises(ValueError, match="got an SNR of 0 dB without noise"):
         AudioTransform(subset="test", snr_target=0)
+
+
+@pytest.mark.parametrize("rate", [25, 16000])
+@pytest.mark.parametrize("length", [1, 24, 25, 61, 16001])
+def test_masks_follow_the_draws(rate, length):
+    for seed in range(20):
+        masked = draw_time_mask(length, rate=rate, generator=seeded(seed))
+        expected = torch.zeros(length, dtype=torch.bool)
+        sizes, places = torch.rand(2, -(-length // rate), generator=seeded(seed))
+        for begin, size, place in zip(range(0, length, rate), sizes, places, strict=True):
+            span = min(rate, length - begin)
+            size = int(size * (span * 2 // 5 + 1))
+            start = begin + int(place * (span - size + 1))
+            expected[start : start + size] = True
+        assert torch.equal(masked, expected)
