@@ -1,6 +1,7 @@
 """The entry scripts with adapters: a run, its checkpoints, its scoring, mistakes."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,7 @@ def test_own_parts_are_adapted_from_a_checkpoint(own_run, arguments, corpus, tmp
     parts = ["--use-qlora", "--qlora-parts", "encoder", "decoder", "--max-epochs", "1"]
     parts += ["--test-file", "test.csv", "--max-dec-tokens", "5", "--seed", "7"]
     words = arguments("own_qlora", (None, "resnet1d", None), *WIDE, *parts)
-    error = error_of(capsys, train, words)
+    error = error_of(capsys, train, [*words, "--ckpt-path", "last"])  # There is none yet.
     assert "--qlora-parts encoder freezes weights that are random: give the checkpoint" in error
     assert "--qlora-parts decoder freezes weights that are random: give the checkpoint" in error
     train.main([*words, "--pretrained-model-path", str(own_run / "model_avg_10.pth")])
@@ -236,6 +237,14 @@ def test_missing_packages_are_one_line(arguments, without, capsys, missing, more
     error = error_of(capsys, train, arguments("missing", SMALL, *more))
     assert message in error
     assert not (arguments.exp_dir / "missing").exists()
+
+
+@pytest.mark.parametrize("more", [["--use-qlora"], ["--optimizer", "adamw8bit"]])
+def test_unusable_packages_are_one_line(arguments, monkeypatch, capsys, more):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # Importing it fails then.
+    error = error_of(capsys, train, arguments("unusable", SMALL, *more))
+    assert "needs bitsandbytes, but it cannot be imported (" in error
+    assert 'pip install -U "bitsandbytes' in error
 
 
 def test_what_does_not_need_the_packages_does_without(arguments, without):

@@ -55,7 +55,7 @@ def build_sentencepiece(args: Namespace) -> TextTransform:
 
 
 def build_model(args: Namespace, modality: str, text_transform: AnyTextTransform) -> E2E:
-    """Builds the recogniser with random weights.
+    """Builds the recogniser; what is not pretrained has random weights.
 
     Args:
         args: Options of the model group.

@@ -35,6 +35,16 @@ FORGOTTEN = {
     "decoder_dtype": "auto",
     "unfreeze_last_layers": 0,
 }
+# Of the machine that it was trained on.
+PLACES = (
+    "exp_dir",
+    "exp_name",
+    "root_dir",
+    "ckpt_path",
+    "pretrained_model_path",
+    "noise_file",
+    "slurm_job_id",
+)
 
 
 def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
@@ -67,21 +77,25 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     from espnet.nets.pytorch_backend.pretrained import bases
     from espnet.nets.pytorch_backend.qlora_utils import merge_lora
     from espnet.utils.building import build_model, build_text_transform
-    from espnet.utils.checkpoint import load_model, trained_content
+    from espnet.utils.checkpoint import load_model, load_weights, trained_content
     from espnet.utils.checkpoint_io import save_whole
     from espnet.utils.trainer import set_up_logging
 
     set_up_logging(debug=False)
-    model = build_model(args, modality, build_text_transform(args))
+    # Merged weights are in full precision: a GPU may have held them in 4 bits only.
+    model = build_model(args, modality, build_text_transform(args)).cpu()
     load_model(model, checkpoint)
     merge_lora(model)
     out.mkdir(parents=True, exist_ok=True)
     options = {**load_config(str(checkpoint)), **FORGOTTEN}
+    options = {name: value for name, value in options.items() if name not in PLACES}
     versions = options.pop("versions", {})
+    own = model.state_dict()
     for part in bases(model):
         folder = FOLDERS[part]
         export_base(model.get_submodule(part), out / folder)
         options[f"{folder}_name"] = folder
+        own = {name: value for name, value in own.items() if not name.startswith(f"{part}.")}
     for name in ("sp_model_path", "dict_path"):
         if path := getattr(args, name):
             options[name] = Path(shutil.copy(path, out)).name
@@ -90,8 +104,9 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     weights = out / "model.pth"
     args, _ = parse_eval_args(eval_parser(), ["--pretrained-model-path", str(weights), *words[2:]])
     complete_model(args, modality)
+    del model  # Large ones need not be in memory twice.
     exported = build_model(args, modality, build_text_transform(args))
-    exported.load_state_dict(model.state_dict(), strict=False)  # Parts may have layers cut off.
+    load_weights(exported, own, checkpoint)
     save_whole(trained_content(exported), weights)
     return sorted(out.iterdir())
 
@@ -129,7 +144,9 @@ def export_base(backbone: "nn.Module", folder: Path) -> None:
             if not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
     whole = backbone.load_plain()
-    whole.load_state_dict(backbone.state_dict(), strict=False)
+    unknown = whole.load_state_dict(backbone.state_dict(), strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"{name} has no weights {', '.join(unknown)}: they cannot be exported")
     whole.save_pretrained(folder, save_original_format=False)  # Its way back needs plain names.
 
 
@@ -142,9 +159,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of the run, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="folder to write; eval.py takes its model.pth")
     args = parser.parse_args(argv)
+    free = not args.out.exists() or (args.out.is_dir() and not any(args.out.iterdir()))
     try:
         files = export(args.run, args.out, parser)
     except (ValueError, OSError) as error:
+        if free:  # What is half written is of no use.
+            shutil.rmtree(args.out, ignore_errors=True)
         parser.error(one_line(error))
     print("Exported:", *files, sep="\n  ")
 

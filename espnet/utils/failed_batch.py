@@ -15,7 +15,12 @@ from espnet.nets.encoders import TABLES
 from espnet.utils.checkpoint_io import whole_file
 
 # Where torch has no class for it: the CPU's allocator, and libraries that allocate by themselves.
-MEMORY_MESSAGES = ("DefaultCPUAllocator", "can't allocate memory", "ALLOC_FAILED")
+MEMORY_MESSAGES = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "ALLOC_FAILED",
+    "out of memory",
+)
 # What gloo and NCCL say in the processes that are left when another one has failed.
 PEER_MESSAGES = ("closed by peer", "reset by peer", "remote process exited")
 
@@ -103,12 +108,18 @@ class FailedBatch(pl.Callback):
             args: Options of the run.
 
         Returns:
-            The line; None for other errors, and for those outside of training steps.
+            The line; None for other errors.
         """
         if is_of_other_process(error):
             return "another process of the run has failed: see its own message"
-        if self._record is None or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             return None
+        if self._record is None:
+            return (
+                "out of memory outside of a training step: lower --max-frames (now "
+                f"{args.max_frames}) if it was the validation, else the size of the model"
+                f"{''.join(f', or {way}' for way in _other_ways(args))}"
+            )
         named = f" (named in {self._file})" if self._file else ""
         return (
             f"out of memory at a batch of {in_words(self._record)}{named}: lower --max-frames (now "

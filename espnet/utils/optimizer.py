@@ -1,12 +1,12 @@
 """The optimiser: AdamW, with rates and weight decay for each kind of parameter."""
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
 from espnet.nets.pytorch_backend.pretrained import bases
+from espnet.nets.pytorch_backend.qlora_utils import load_package
 
 BETAS = (0.9, 0.98)
 
@@ -59,12 +59,12 @@ def build_optimizer(
         The optimiser.
 
     Raises:
-        ValueError: If the name is unknown.
+        ValueError: If the name is unknown, or bitsandbytes cannot be imported.
     """
     if name == "adamw":
         return torch.optim.AdamW(groups, betas=BETAS, fused=fused or None)
     elif name == "adamw8bit":
-        return import_module("bitsandbytes").optim.AdamW8bit(groups, betas=BETAS)
+        return load_package("bitsandbytes").optim.AdamW8bit(groups, betas=BETAS)
     raise ValueError(f"optimizer {name!r} is unknown: choose adamw or adamw8bit")
 
 

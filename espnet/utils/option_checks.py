@@ -110,8 +110,11 @@ def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:
 
 def _adaptation_source_problems(args: Namespace) -> list[str]:
     """Adapters on weights that are random and stay so would learn next to nothing."""
-    if args.ckpt_path or not adaptation_options(args).enabled:
+    if not adaptation_options(args).enabled:
         return []
+    last = Path(args.exp_dir) / str(args.exp_name) / "last.ckpt"
+    if args.ckpt_path and (args.ckpt_path != "last" or last.is_file()):
+        return []  # What is resumed has them.
     own = {"encoder"} if DECODERS[args.decoder].pretrained else {"encoder", "decoder"}
     if args.pretrained_model_path and not args.transfer_frontend and not args.transfer_encoder:
         return []

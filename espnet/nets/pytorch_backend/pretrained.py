@@ -14,7 +14,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from espnet.nets.encoders import folder_problem
-from espnet.nets.pytorch_backend.qlora_utils import finish_loading, loading_config
+from espnet.nets.pytorch_backend.qlora_utils import (
+    check_quantisation,
+    finish_loading,
+    loading_config,
+)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 SHOWN = 3  # missing weights that an error names
@@ -78,6 +82,8 @@ def load_pretrained(
     )
     if problem := folder_problem(flag, name, model_types):
         raise ValueError(problem)
+    if quantize:
+        check_quantisation(quantizing_device())
     remedy = f"give {flag} the folder or hub id of a {model_types[0]} checkpoint"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # It lists the weights of the parts left out.
@@ -96,6 +102,8 @@ def load_pretrained(
                 output_loading_info=True,
                 **options,
             )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # The checkpoint is not to blame.
     except Exception as error:  # Readers of damaged files raise what they like.
         raise ValueError(f"{flag} {name} {loading_problem(error)}: {remedy}") from None
     finally:

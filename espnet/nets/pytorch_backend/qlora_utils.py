@@ -72,7 +72,7 @@ def adapt_parts(parts: Mapping[str, nn.Module], options: AdaptationOptions) -> N
     Raises:
         ValueError: As for `apply_qlora` and `add_lora`, or if a target is in none of the parts.
     """
-    layers = {name: [layer for layer, _ in _linear_layers(part)] for name, part in parts.items()}
+    layers = {name: _adaptable_layers(part) for name, part in parts.items()}
     everywhere = sum(layers.values(), [])
     for target in options.lora_targets or ():
         if not any(_matches(layer, target) for layer in everywhere):
@@ -149,7 +149,7 @@ def quantize_4bit(module: nn.Module, *, skip: Iterable[str] = ()) -> list[str]:
     Raises:
         ValueError: If bitsandbytes is missing or does not work.
     """
-    bitsandbytes = _load("bitsandbytes")
+    bitsandbytes = load_package("bitsandbytes")
     names, left_alone = _choose_layers(module, skip)
     for name in names:
         module.set_submodule(name, _quantised(module.get_submodule(name), bitsandbytes))
@@ -159,6 +159,20 @@ def quantize_4bit(module: nn.Module, *, skip: Iterable[str] = ()) -> list[str]:
         *(done, type(module).__name__, ", ".join(left_alone) or "none"),
     )
     return left_alone
+
+
+def check_quantisation(device: torch.device) -> None:
+    """Makes sure that weights can be quantised.
+
+    Args:
+        device: Where.
+
+    Raises:
+        ValueError: If bitsandbytes is missing or does not work there.
+    """
+    trial = nn.Linear(BLOCK, BLOCK, bias=False, device="meta")  # Another would draw random numbers.
+    trial.weight = nn.Parameter(torch.zeros(BLOCK, BLOCK, device=device))
+    _quantised(trial, load_package("bitsandbytes"))
 
 
 def loading_config(module: nn.Module, *, skip: Iterable[str] = ()) -> BitsAndBytesConfig:
@@ -176,7 +190,7 @@ def loading_config(module: nn.Module, *, skip: Iterable[str] = ()) -> BitsAndByt
     Raises:
         ValueError: If bitsandbytes is missing or does not work.
     """
-    _load("bitsandbytes")
+    load_package("bitsandbytes")
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -207,8 +221,7 @@ def finish_loading(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _choose_layers(module: nn.Module, skip: Iterable[str]) -> tuple[list[str], list[str]]:
     """Names of the linear layers that are to be quantised, and of those to be left alone."""
-    patterns = (*OUTPUT_LAYERS, *skip)
-    uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    adaptable = set(_adaptable_layers(module))
     names, left_alone = [], []
     for name, layer in _linear_layers(module):
         if _is_quantised(layer):
@@ -216,10 +229,22 @@ def _choose_layers(module: nn.Module, skip: Iterable[str]) -> tuple[list[str], l
         # Subclasses may read the weight themselves, as PyTorch's own attention does. bitsandbytes
         # computes wrong results on some CPUs if blocks go over the ends of rows.
         fits = type(layer) is nn.Linear and layer.in_features % BLOCK == 0
-        own = uses[id(layer.weight)] == 1
-        keep = any(_matches(name, pattern) for pattern in patterns)
-        (names if fits and own and not keep else left_alone).append(name)
+        keep = name not in adaptable or any(_matches(name, pattern) for pattern in skip)
+        (names if fits and not keep else left_alone).append(name)
     return names, left_alone
+
+
+def _adaptable_layers(module: nn.Module) -> list[str]:
+    """Names of the linear layers but output layers, and those that share their weight.
+
+    What is merged into an output layer would change the embeddings that it is tied to.
+    """
+    uses = Counter(id(p) for part in module.modules() for p in part.parameters(recurse=False))
+    return [
+        name
+        for name, layer in _linear_layers(module)
+        if uses[id(layer.weight)] == 1 and not any(_matches(name, o) for o in OUTPUT_LAYERS)
+    ]
 
 
 def add_lora(
@@ -243,7 +268,7 @@ def add_lora(
         dropout: Dropout on what the adapters take.
         targets: Names of layers, whole or their last parts, in which `*` stands for anything:
             `q_proj`, `layers.0.*`. None: all of attention and feed-forward blocks, as
-            `LORA_TARGETS` and `BLOCK_TARGETS` name them.
+            `LORA_TARGETS` and `BLOCK_TARGETS` name them. Output layers get none.
 
     Raises:
         ValueError: If peft is missing or does not work, a number is out of range, a target matches
@@ -264,7 +289,7 @@ def merge_lora(module: nn.Module) -> None:
     Raises:
         ValueError: If peft, or bitsandbytes for a quantised module, is missing or does not work.
     """
-    adapted = _load("peft").tuners.lora.LoraLayer
+    adapted = load_package("peft").tuners.lora.LoraLayer
 
     def merge(layer: nn.Module) -> nn.Linear:
         linear = _plain(layer.base_layer)
@@ -325,8 +350,15 @@ def parameter_report(module: nn.Module) -> ParameterReport:
     return ParameterReport(total=total, trainable=trainable, bytes=size)
 
 
-def _load(package: str) -> ModuleType:
-    """Imports bitsandbytes or peft; raises a one-line `ValueError` if that cannot be done."""
+def load_package(package: str) -> ModuleType:
+    """Imports a package that only adapters and the optimiser in 8 bits need.
+
+    Args:
+        package: `bitsandbytes` or `peft`.
+
+    Raises:
+        ValueError: If it cannot be imported; one line, with the command that installs it.
+    """
     if package not in INSTALLED:
         raise ValueError(_remedy(package, "it is not installed"))
     # On some CPUs it recommends a kernel for weights in a form that is not used here.
@@ -398,12 +430,20 @@ def _add_hooks(layer: nn.Linear) -> None:
     # On some CPUs it would store weights anew in eval mode, in a form that cannot be trained with.
     layer.support_avx512bf16_for_cpu = False
     layer.register_forward_pre_hook(_choose_compute_type)
+    layer.register_forward_hook(_restore_bias)
     layer.register_load_state_dict_pre_hook(_load_weight)
 
 
 def _choose_compute_type(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
     """A model is often quantised on the CPU and then moved."""
     layer.compute_dtype = torch.bfloat16 if inputs[0].is_cuda else torch.float32
+    layer.own_bias = None if layer.bias is None else layer.bias.data
+
+
+def _restore_bias(layer: nn.Linear, inputs: tuple[Tensor], output: Tensor) -> None:  # noqa: ARG001
+    """Undoes that bitsandbytes rounds the bias, which is no copy, to the type it computes in."""
+    if layer.own_bias is not None:
+        layer.bias.data = layer.own_bias
 
 
 def _load_weight(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -416,7 +456,7 @@ def _load_weight(layer: nn.Linear, state_dict: dict[str, Any], prefix: str, *_: 
     if weight is not None and weight.is_floating_point():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(weight.to(layer.weight.device, layer.weight.quant_state.dtype))
-        quantised = _quantised(plain, _load("bitsandbytes")).weight
+        quantised = _quantised(plain, load_package("bitsandbytes")).weight
         state_dict[name], layer.weight.quant_state = quantised.data, quantised.quant_state
         return
     tables = [entry for entry in state_dict if entry.startswith(f"{name}.")]
@@ -438,7 +478,7 @@ def _plain(layer: nn.Linear) -> nn.Linear:
     """A plain linear layer, frozen, in the precision from before a quantisation."""
     weight = layer.weight.detach()
     if _is_quantised(layer):
-        dequantise = _load("bitsandbytes").functional.dequantize_4bit
+        dequantise = load_package("bitsandbytes").functional.dequantize_4bit
         weight = dequantise(layer.weight.data, layer.weight.quant_state)
     linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -456,7 +496,7 @@ def _lora_config(
     targets: Iterable[str] | None,
 ) -> Any:
     """Checks the arguments of `add_lora`, and makes peft's configuration of them."""
-    peft = _load("peft")
+    peft = load_package("peft")
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise ValueError(
             f"LoRA rank {rank}, alpha {alpha}, dropout {dropout}: a rank of at least 1, a positive "
@@ -475,7 +515,7 @@ def _lora_config(
 
 def _target_names(module: nn.Module, targets: Iterable[str] | None) -> list[str]:
     """The names of the linear layers that targets stand for."""
-    layers = [name for name, _ in _linear_layers(module)]
+    layers = _adaptable_layers(module)
     patterns = _default_targets(module) if targets is None else tuple(targets)
     matched = {pattern: [n for n in layers if _matches(n, pattern)] for pattern in patterns}
     # A checkpoint need not have all that its kind may have, but what is asked for must be there.
@@ -511,7 +551,7 @@ def _inject(module: nn.Module, config: Any) -> None:
     """
     outermost = nn.Sequential(module)
     outermost.is_loaded_in_4bit = True
-    _load("peft").inject_adapter_in_model(config, outermost)
+    load_package("peft").inject_adapter_in_model(config, outermost)
     for name, parameter in module.named_parameters():
         if ".lora_" in name:  # peft gives them the type of the weights: updates would be lost.
             parameter.data = parameter.data.float()

@@ -49,6 +49,11 @@ RUNS = {
         {"audio_encoder": WhisperEncoder},
         ["--use-lora", "--lr-pretrained", "3e-2", "--warmup-epochs", "0"],
     ),
+    "everywhere": (  # but for the output layer, whose weight is the embeddings'
+        {"audio_encoder": "whisper", "decoder": "whisper"},
+        {"audio_encoder": WhisperEncoder, "decoder": WhisperForCausalLM},
+        ["--use-lora", "--lora-targets", "*", "--lr-pretrained", "1e-1", "--warmup-epochs", "0"],
+    ),
 }
 
 
@@ -186,6 +191,7 @@ def test_the_config_names_the_folders_and_no_adapters(exported):
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["vision_encoder_name"], config["decoder_name"]) == ("vision_encoder", "decoder")
     assert not config["use_qlora"]
+    assert {"root_dir", "exp_dir", "pretrained_model_path"}.isdisjoint(config)
     assert config["qlora_parts"] is None
     assert str(out) not in (out / "config.yaml").read_text()
     names = {"audio_encoder", "config.yaml", "decoder", "model.pth", "vision_encoder"}

@@ -302,7 +302,7 @@ def test_weights_in_full_precision_do_not_pile_up_while_loading(tiny_checkpoints
         load_kind("llama", tiny_checkpoints, quantize=True)
     finally:
         gc.unfreeze()
-    assert len(alive) == len(shapes)
+    assert len(alive) == len(shapes) + 1  # One is quantised on trial.
     assert max(map(len, alive)) <= 2
 
 
