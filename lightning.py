@@ -15,11 +15,11 @@ from datamodule.text_transform import TextTransform
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
-from espnet.nets.pytorch_backend.pretrained import bases, from_bases
+from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.scorers.ctc import CTCPrefixScorer
 from espnet.nets.scorers.length_bonus import LengthBonus
-from espnet.utils.checkpoint import check_bases
+from espnet.utils.checkpoint import check_bases, without_bases
 from espnet.utils.evaluation import Decoded
 from espnet.utils.optimizer import build_optimizer, parameter_groups
 
@@ -266,11 +266,9 @@ class ModelModule(pl.LightningModule):
         if self._training_sums is not None:  # in the middle of an epoch
             sums = self._training_sums.clone()  # The reduction may be in place.
             checkpoint["training_sums"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
-        if found := bases(self.model):
-            left_out = {f"model.{name}" for name in from_bases(self.model)}
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state.items() if k not in left_out}
-            checkpoint["bases"] = {part: vars(base) for part, base in found.items()}
+        if bases(self.model):
+            state, found = without_bases(self.model, checkpoint["state_dict"], "model.")
+            checkpoint.update(state_dict=state, bases=found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of a model on other bases."""

@@ -364,6 +364,16 @@ def main(argv: list[str] | None = None) -> None:
         if args.debug:
             raise
         parser.error(one_line(error))
+    except (RuntimeError, MemoryError) as error:  # What fails in steps has been dealt with by now.
+        from espnet.utils.failed_batch import is_out_of_memory
+
+        if args.debug or not is_out_of_memory(error):
+            raise
+        parser.error(
+            "out of memory outside of training: choose a smaller model, put pretrained parts into "
+            "4 bits with --use-qlora, or lower --decode-max-frames (now "
+            f"{args.decode_max_frames}) if it was the scoring"
+        )
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import yaml
 import eval as evaluation
 import lightning as train_module
 import train
+from espnet.utils import building
 from tests.auto_avsr_cases import CASES, fill
 
 ROOT = Path(__file__).parents[1]
@@ -445,3 +446,13 @@ def test_pretrained_weights_are_transferred(run_dir, train_arguments):
     average = run_dir / "model_avg_10.pth"
     more = ["--pretrained-model-path", average, "--transfer-frontend", "--fast-dev-run"]
     train.main([str(a) for a in train_arguments("transferred", "audio", *more)])
+
+
+def test_lack_of_memory_for_the_model_is_one_line(train_arguments, capsys, monkeypatch):
+    def allocate(*_):
+        torch.empty(2**60)  # the allocator's own error
+
+    monkeypatch.setattr(building, "build_model", allocate)
+    error = error_of(capsys, train, train_arguments("large", "audio"))
+    assert "out of memory outside of training: choose a smaller model" in error
+    assert "lower --decode-max-frames (now 1600)" in error

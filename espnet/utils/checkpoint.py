@@ -100,10 +100,26 @@ def trained_content(model: nn.Module) -> dict[str, Any]:
         A plain state dict; for a model with pretrained parts `model_state_dict`, the weights, and
         `bases`, the name and fingerprint of what each part was loaded from.
     """
-    left_out = from_bases(model)
-    state = {name: value for name, value in model.state_dict().items() if name not in left_out}
-    found = {part: vars(base) for part, base in bases(model).items()}
+    state, found = without_bases(model, model.state_dict())
     return {"model_state_dict": state, "bases": found} if found else state
+
+
+def without_bases(
+    model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Leaves out of a state dict what loading the model's bases brings back.
+
+    Args:
+        model: Recogniser.
+        state: Its weights by name.
+        prefix: What precedes the model's own names.
+
+    Returns:
+        The other weights, and name and fingerprint of each base.
+    """
+    left_out = {f"{prefix}{name}" for name in from_bases(model)}
+    kept = {name: value for name, value in state.items() if name not in left_out}
+    return kept, {part: vars(base) for part, base in bases(model).items()}
 
 
 def load_model(model: nn.Module, path: str | Path) -> None:

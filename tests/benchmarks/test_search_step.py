@@ -183,6 +183,7 @@ def test_rows_tell_whether_the_target_is_reached(faster, ratio):
     assert str(row) == f"| a | 10.0 MB | 20.0 MB | {ratio}{comparison}: yes |"
     missed = replace(row, target=3.0 if faster else 0.4)
     assert str(missed).endswith(f"{comparison}: no |")
+    assert str(replace(row, target=None)).endswith(f"{comparison} |  |")
 
 
 def test_peak_memory_is_that_of_the_call():
@@ -242,7 +243,9 @@ def test_command_prints_all_rows(monkeypatch, capsys):
     monkeypatch.setitem(search_step.WORK, "cpu", WORK)
     decode.main(["--device", "cpu", "--beam-size", "3"])
     rows = [
-        line for line in capsys.readouterr().out.splitlines() if line.endswith(("yes |", "no |"))
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if line.endswith(("yes |", "no |", "|  |"))
     ]
     beginnings = ["A step, 45", "Its CTC", "3 utterances", "Memory of 2", "Memory of 3"]
     assert [row.startswith(f"| {start}") for row, start in zip(rows, beginnings, strict=True)] == [
