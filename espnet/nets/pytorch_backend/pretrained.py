@@ -1,10 +1,11 @@
 """Loading of transformers checkpoints, by hub id or from a folder, with one-line errors."""
 
 import hashlib
+import inspect
 import json
 import os
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -204,6 +205,18 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
     # transformers renamed it in the course of version 5.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+
+
+@cache
+def cache_argument(layer: type[nn.Module]) -> str:
+    """Name under which a layer of transformers takes the cache of keys and values.
+
+    Args:
+        layer: Class of a decoder layer, or of an attention.
+    """
+    # transformers renamed it in the course of version 5.
+    renamed = "cache" in inspect.signature(layer.forward).parameters
+    return "cache" if renamed else "past_key_values"
 
 
 def loading_problem(error: Exception) -> str:

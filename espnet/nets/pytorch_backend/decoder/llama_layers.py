@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, DynamicCache, LlamaModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from espnet.nets.pytorch_backend.pretrained import cache_argument
+
 
 @dataclass(frozen=True)
 class SharedPrefix:
@@ -119,8 +121,8 @@ def run_layers(
         return model.layers[index](
             blocks[index](x) if index in blocks else x,
             position_embeddings=rotary,
-            past_key_values=cache,
             shared_prefix=shared_prefix,
+            **{cache_argument(type(model.layers[index])): cache},
         )
 
     for index in range(len(model.layers)):

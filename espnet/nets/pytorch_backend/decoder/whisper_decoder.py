@@ -13,7 +13,7 @@ from transformers import DynamicCache, WhisperForCausalLM
 from espnet.nets.decoders import DECODERS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
-from espnet.nets.pytorch_backend.pretrained import load_pretrained
+from espnet.nets.pytorch_backend.pretrained import cache_argument, load_pretrained
 from espnet.nets.scorer_interface import ScorerInterface
 
 
@@ -242,7 +242,8 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
             if gated is not None:
                 x = gated.attend(x, *state.video[index], mask, beam_size)
             normed = layer.self_attn_layer_norm(x)
-            x = x + layer.self_attn(normed, past_key_values=state.cache)[0]
+            cached = {cache_argument(type(layer.self_attn)): state.cache}
+            x = x + layer.self_attn(normed, **cached)[0]
             # The hypotheses of an utterance attend to its one memory as a sequence of queries.
             queries = layer.encoder_attn_layer_norm(x).unflatten(0, (-1, beam_size)).flatten(1, 2)
             x = x + _attend(layer.encoder_attn, queries, *state.memory[index], attended).view_as(x)

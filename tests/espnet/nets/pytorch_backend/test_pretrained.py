@@ -1,4 +1,5 @@
 import gc
+import inspect
 import json
 import logging
 import shutil
@@ -20,12 +21,18 @@ from transformers import (
     WhisperForCausalLM,
     WhisperForConditionalGeneration,
 )
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.whisper.modeling_whisper import WhisperAttention, WhisperEncoder
 from transformers.utils import logging as transformers_logging
 
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
-from espnet.nets.pytorch_backend.pretrained import bases, from_bases, load_pretrained
+from espnet.nets.pytorch_backend.pretrained import (
+    bases,
+    cache_argument,
+    from_bases,
+    load_pretrained,
+)
 from espnet.nets.pytorch_backend.qlora_utils import add_lora, merge_lora, quantize_4bit
 from tests.adapted_cases import other_values
 
@@ -368,3 +375,16 @@ def test_errors_are_the_same_for_a_checkpoint_that_is_quantised(folder):
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"^--flag .* lacks 16 weights of ViTModel, such as lay"):
         load_kind("vit", folder.parent, quantize=True)
+
+
+@pytest.mark.parametrize("layer", [LlamaDecoderLayer, WhisperAttention])
+def test_cache_argument_is_one_that_the_layer_has(layer):
+    assert cache_argument(layer) in inspect.signature(layer.forward).parameters
+
+
+def test_cache_argument_of_older_layers():
+    class Older(nn.Module):
+        def forward(self, x, past_key_values=None):
+            return x, past_key_values
+
+    assert cache_argument(Older) == "past_key_values"
