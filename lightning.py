@@ -38,6 +38,9 @@ def build_beam_search(
     ctc_weight: float,
     length_bonus: float,
     max_tokens: int | None = None,
+    end_when_beaten: bool = False,
+    length_normalization: bool = False,
+    stop_repeats: bool = False,
 ) -> BatchBeamSearch:
     """Joint CTC/attention search over a model's vocabulary.
 
@@ -48,6 +51,9 @@ def build_beam_search(
         ctc_weight: Weight of the CTC prefix score; the decoder has the rest.
         length_bonus: Score of every token.
         max_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
+        end_when_beaten: As for `BatchBeamSearch`, and the following too.
+        length_normalization: Whether hypotheses are compared by their score per token.
+        stop_repeats: Whether one that has begun to repeat itself is stopped.
 
     Returns:
         The search.
@@ -78,6 +84,9 @@ def build_beam_search(
         token_list=token_list,
         pre_beam_score_key=None if ctc_weight == 1.0 else "decoder",
         max_tokens=limit,
+        end_when_beaten=end_when_beaten or length_normalization,
+        length_normalization=length_normalization,
+        stop_repeats=stop_repeats,
     )
 
 
@@ -98,6 +107,9 @@ class ModelModule(pl.LightningModule):
         ctc_decode_weight: CTC's share of the search's score.
         length_bonus: Score of every token in the search.
         max_dec_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
+        end_when_beaten: As for `BatchBeamSearch`, and the following too.
+        length_normalization: Whether hypotheses are compared by their score per token.
+        stop_repeats: Whether one that has begun to repeat itself is stopped.
 
     Attributes:
         wishes: What this process asks of all of them, 0 or 1 each; callbacks fill it in before a
@@ -120,6 +132,9 @@ class ModelModule(pl.LightningModule):
         ctc_decode_weight: float = 0.1,
         length_bonus: float = 0.0,
         max_dec_tokens: int | None = None,
+        end_when_beaten: bool = False,
+        length_normalization: bool = False,
+        stop_repeats: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -137,6 +152,9 @@ class ModelModule(pl.LightningModule):
             ctc_weight=ctc_decode_weight,
             length_bonus=length_bonus,
             max_tokens=max_dec_tokens,
+            end_when_beaten=end_when_beaten,
+            length_normalization=length_normalization,
+            stop_repeats=stop_repeats,
         )
         self.decoded: dict[int, list[Decoded]] = {}
         self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.

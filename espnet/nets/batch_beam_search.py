@@ -2,6 +2,7 @@
 
 Source: Watanabe et al., "Hybrid CTC/Attention Architecture for End-to-End Speech Recognition", IEEE
 JSTSP 11(8), 2017, with a pre-beam: partial scorers see the best tokens of another scorer only.
+Scores by length, and the rules that go with them, are those of transformers' ``generate``.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,12 @@ END_SCORE_MARGIN = 10.0
 END_LENGTHS = 3
 """End detection: the last 3 lengths have ended hypotheses, all more than 10 below the best."""
 
+REPEATED_NGRAM = 4
+REPEATED_LIMIT = 24
+REPEATED_MEMORY = 224
+"""A hypothesis repeats itself where its last 4 tokens stand within the 224 before them too. It is
+stopped when it has done so for 24 tokens; a token that is new makes up for two that are not."""
+
 
 class _Beam(NamedTuple):
     """The hypotheses of the A utterances that are not finished, in the order of their scores.
@@ -31,7 +38,15 @@ class _Beam(NamedTuple):
         rows: Row of the hypothesis of the previous step that each one continues (A, K).
         min_lengths: Fewest tokens, without start and end symbol (A, 1).
         max_lengths: Most tokens, likewise (A, 1).
-        best_ended: Score of the best hypothesis that ended in each step (A, L).
+        best_ended: Score of the best hypothesis that ended in each step (A, L); with
+            `end_when_beaten`, scores of the K best that have ended (A, K).
+        places: Place of each hypothesis among those that the step chose (A, K).
+        recent: Last R tokens, the last one first (A, K, R); -1 before the first. R is 0 unless
+            repetitions are looked for.
+        runs: How many of the last tokens equal those 1, 2, ... R places before them (A, K, R).
+        repeated: How many of the last tokens repeat what stands before them (A, K); new ones are
+            subtracted twice.
+        since: Tokens since that became more than 0 (A, K).
     """
 
     tokens: torch.Tensor
@@ -42,6 +57,11 @@ class _Beam(NamedTuple):
     min_lengths: torch.Tensor
     max_lengths: torch.Tensor
     best_ended: torch.Tensor
+    places: torch.Tensor
+    recent: torch.Tensor
+    runs: torch.Tensor
+    repeated: torch.Tensor
+    since: torch.Tensor
 
     def keep(self, utterances: torch.Tensor) -> "_Beam":
         """Leave out all utterances but those at the given places (A',)."""
@@ -83,6 +103,14 @@ class BatchBeamSearch:
         pre_beam_ratio: Size of the pre-beam in beam sizes.
         max_tokens: Most tokens of a hypothesis by the frames of its utterance, whatever the ratio
             of a call; None for no such limit.
+        end_when_beaten: Whether the search of an utterance is over when K hypotheses have ended,
+            none of them worse than the best that runs (with a beam of 1, when one has), and K go
+            on beside those that end, as in transformers' ``generate``; otherwise those that end
+            take places in the beam, and the search is over as ``maxlenratio`` says.
+        length_normalization: Whether hypotheses are compared by their score per token, the end
+            symbol counted; needs `end_when_beaten`.
+        stop_repeats: Whether a hypothesis that has begun to repeat itself is stopped, as
+            ``REPEATED_LIMIT`` says. It counts, without the repetitions, if no other one ends.
 
     Raises:
         ValueError: If the beam or the pre-beam is empty.
@@ -90,6 +118,7 @@ class BatchBeamSearch:
         ValueError: If ``token_list`` has another size than the vocabulary.
         ValueError: If a weight belongs to no scorer, or no scorer has a weight.
         ValueError: If ``pre_beam_score_key`` names no scorer of the whole vocabulary.
+        ValueError: If scores per token are asked for without `end_when_beaten`.
     """
 
     def __init__(
@@ -104,6 +133,9 @@ class BatchBeamSearch:
         pre_beam_score_key: str | None = None,
         pre_beam_ratio: float = 1.5,
         max_tokens: Callable[[int], int] | None = None,
+        end_when_beaten: bool = False,
+        length_normalization: bool = False,
+        stop_repeats: bool = False,
     ) -> None:
         self.pre_beam_size = int(pre_beam_ratio * beam_size)
         if beam_size < 1 or self.pre_beam_size < 1:
@@ -119,6 +151,11 @@ class BatchBeamSearch:
                 "the list that the model was trained with"
             )
         self.max_tokens = max_tokens
+        if length_normalization and not end_when_beaten:
+            raise ValueError("length_normalization needs end_when_beaten: set it too")
+        self.end_when_beaten = end_when_beaten
+        self.length_normalization = length_normalization
+        self.tail = REPEATED_MEMORY if stop_repeats else 0
         self.beam_size = beam_size
         self.vocab_size = vocab_size
         self.sos = sos
@@ -178,7 +215,10 @@ class BatchBeamSearch:
         minlenratio: float,
     ) -> list[list[Hypothesis]]:
         """Search a padded batch; see ``__call__``."""
-        history = SearchHistory(memory.size(0), list(self.scorers), self.sos, self.eos)
+        history = SearchHistory(
+            *(memory.size(0), list(self.scorers), self.sos, self.eos),
+            normalize=self.length_normalization,
+        )
         frames = memory_lengths.tolist()
         max_lengths = [_most_tokens(count, maxlenratio) for count in frames]
         min_lengths = [_token_limit(count, minlenratio) for count in frames]
@@ -201,10 +241,18 @@ class BatchBeamSearch:
             if step < max(min_lengths):
                 self._forbid_end(beam, totals, step)
             parents, beam = self._choose(beam, expansion, totals)
-            ended = (beam.tokens == self.eos) | (beam.max_lengths == step + 1)
-            ended &= beam.totals > -torch.inf
-            history.append(SearchStep(parents, beam.tokens, ended, beam.totals, beam.scores))
-            beam = self._close(beam, ended, step, detect_end=maxlenratio == 0)
+            over = (beam.tokens == self.eos) | (beam.max_lengths == step + 1)
+            repeats = self._repeats(beam).masked_fill(over, 0)
+            ended = (over | (repeats > 0)) & (beam.totals > -torch.inf)
+            ended[:, self.beam_size :] = False  # These were chosen only to go on.
+            history.append(
+                SearchStep(parents, beam.tokens, ended, beam.totals, beam.scores, repeats)
+            )
+            stopped = over | (repeats > 0)
+            if self.end_when_beaten:
+                beam = self._close_beaten(beam, ended & over, stopped, step)
+            else:
+                beam = self._close(beam, ended & over, stopped, step, maxlenratio == 0)
             if (step + 1) % interval == 0 or step + 1 == steps:
                 # The one place in a step where the host waits for the device.
                 flags = (beam.totals > -torch.inf).any(1).tolist()
@@ -227,6 +275,8 @@ class BatchBeamSearch:
         totals = torch.full(shape, -torch.inf, device=device)
         totals[:, :1].masked_fill_(most > 0, 0.0)
         scores = torch.zeros(shape[0], len(self.scorers), shape[1], device=device)
+        compared = self.beam_size if self.end_when_beaten else max(max_lengths)
+        tail = (*shape, self.tail)
         return _Beam(
             tokens=torch.full(shape, self.sos, device=device),
             totals=totals,
@@ -235,7 +285,12 @@ class BatchBeamSearch:
             rows=torch.zeros(shape, dtype=torch.int64, device=device),
             min_lengths=torch.tensor(min_lengths, device=device)[:, None],
             max_lengths=most,
-            best_ended=torch.full((shape[0], max(max_lengths)), -torch.inf, device=device),
+            best_ended=torch.full((shape[0], compared), -torch.inf, device=device),
+            places=torch.arange(self.beam_size, device=device).expand(shape),
+            recent=torch.full(tail, -1, device=device),
+            runs=torch.zeros(tail, dtype=torch.int64, device=device),
+            repeated=torch.zeros(shape, dtype=torch.int64, device=device),
+            since=torch.zeros(shape, dtype=torch.int64, device=device),
         )
 
     def _expand(self, tokens: torch.Tensor, states: dict[str, State]) -> _Expansion:
@@ -292,7 +347,9 @@ class BatchBeamSearch:
     def _choose(
         self, beam: _Beam, expansion: _Expansion, totals: torch.Tensor
     ) -> tuple[torch.Tensor, _Beam]:
-        """Choose the best K extensions of each utterance.
+        """Choose the best W extensions of each utterance.
+
+        W is K, but 2 K with `end_when_beaten`: K of them do not end.
 
         Args:
             beam: The hypotheses to extend.
@@ -300,12 +357,13 @@ class BatchBeamSearch:
             totals: Weighted scores of the extended hypotheses (N, C).
 
         Returns:
-            Place in the beam of the hypothesis that each new one extends (A, K), and the beam of
-            the new hypotheses.
+            Place, among those that the step before chose, of the hypothesis that each new one
+            extends (A, W), and the beam of the new hypotheses, W for each utterance.
         """
         utterances, beam_size = beam.totals.shape
         columns = totals.size(1)
-        best, position = totals.view(utterances, -1).topk(beam_size)
+        chosen = beam_size * (2 if self.end_when_beaten else 1)
+        best, position = totals.view(utterances, -1).topk(chosen)
         parents = position // columns
         rows = parents + torch.arange(
             0, utterances * beam_size, beam_size, device=parents.device
@@ -320,16 +378,95 @@ class BatchBeamSearch:
         ]
         gains = torch.stack(gains, dim=1)  # S of (A, K) -> (A, S, K)
         scores = beam.scores.gather(2, parents[:, None].expand_as(gains)) + gains
-        return parents, beam._replace(
-            tokens=tokens, totals=best, scores=scores, gains=gains, rows=rows
+        return beam.places.gather(1, parents), beam._replace(
+            tokens=tokens,
+            totals=best,
+            scores=scores,
+            gains=gains,
+            rows=rows,
+            **self._extend_tail(beam, parents, tokens),
         )
 
-    def _close(self, beam: _Beam, ended: torch.Tensor, step: int, detect_end: bool) -> _Beam:
+    def _extend_tail(
+        self, beam: _Beam, parents: torch.Tensor, tokens: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return what is known of repetitions in hypotheses that extend those at `parents`."""
+        if not self.tail:
+            return {}
+        index = parents[..., None].expand(-1, -1, self.tail)
+        recent, runs = beam.recent.gather(1, index), beam.runs.gather(1, index)
+        runs = (runs + 1) * (recent == tokens[..., None])
+        is_new = (runs < REPEATED_NGRAM).all(2)
+        repeated = beam.repeated.gather(1, parents) + torch.where(is_new, -2, 1)
+        since = (beam.since.gather(1, parents) + 1) * (repeated > 0)
+        return {
+            "recent": torch.cat([tokens[..., None], recent[..., :-1]], dim=2),
+            "runs": runs,
+            "repeated": repeated.clamp(min=0),
+            "since": since,
+        }
+
+    def _repeats(self, beam: _Beam) -> torch.Tensor:
+        """Return how many tokens at the end repeat what precedes (A, W); 0 if they may go on."""
+        if not self.tail:
+            return torch.zeros_like(beam.tokens)
+        # The first of the tokens that count ended a repetition of several.
+        repeats = beam.since + (REPEATED_NGRAM - 1)
+        return repeats.masked_fill(beam.repeated < REPEATED_LIMIT, 0)
+
+    def _close_beaten(
+        self, beam: _Beam, ended: torch.Tensor, stopped: torch.Tensor, step: int
+    ) -> _Beam:
+        """Keep the K best hypotheses that go on, if one of them may still become the best.
+
+        Args:
+            beam: The hypotheses as chosen in this step, 2 K for each utterance.
+            ended: True where a hypothesis ended that counts (A, 2 K).
+            stopped: True where one cannot go on (A, 2 K).
+            step: Number of the step, from 0.
+
+        Returns:
+            The beam of K hypotheses, with total scores of minus infinity where nothing is running
+            any more.
+        """
+        length = step + 1 if self.length_normalization else 1
+        scores = (beam.totals / length).masked_fill(~ended, -torch.inf)
+        best_ended = torch.cat([beam.best_ended, scores], dim=1).topk(self.beam_size).values
+        totals, places = beam.totals.masked_fill(stopped, -torch.inf).topk(self.beam_size)
+        # As in `generate`, the best that runs is compared at its present length.
+        hopeless = totals[:, :1] / length <= best_ended[:, -1:]
+        if self.beam_size == 1:
+            hopeless = best_ended > -torch.inf
+        of_tail = places[..., None].expand(-1, -1, self.tail)
+        of_scores = places[:, None].expand(-1, len(self.scorers), -1)
+        return beam._replace(
+            tokens=beam.tokens.gather(1, places),
+            totals=totals.masked_fill(hopeless, -torch.inf),
+            scores=beam.scores.gather(2, of_scores),
+            gains=beam.gains.gather(2, of_scores),
+            rows=beam.rows.gather(1, places),
+            best_ended=best_ended,
+            places=places,
+            recent=beam.recent.gather(1, of_tail),
+            runs=beam.runs.gather(1, of_tail),
+            repeated=beam.repeated.gather(1, places) if self.tail else beam.repeated,
+            since=beam.since.gather(1, places) if self.tail else beam.since,
+        )
+
+    def _close(
+        self,
+        beam: _Beam,
+        ended: torch.Tensor,
+        stopped: torch.Tensor,
+        step: int,
+        detect_end: bool,
+    ) -> _Beam:
         """Take ended hypotheses, and all of finished utterances, out of the running.
 
         Args:
             beam: The hypotheses as chosen in this step.
-            ended: True where a hypothesis ended in this step (A, K).
+            ended: True where a hypothesis ended that counts (A, K).
+            stopped: True where one cannot go on (A, K).
             step: Number of the step, from 0.
             detect_end: Whether longer hypotheses may have become too improbable to go on.
 
@@ -345,8 +482,8 @@ class BatchBeamSearch:
             recent = beam.best_ended[:, last - END_LENGTHS : last]
             threshold = beam.best_ended.amax(1, keepdim=True) - END_SCORE_MARGIN
             hopeless = ((recent > -torch.inf) & (recent < threshold)).all(1, keepdim=True)
-            ended = ended | hopeless
-        return beam._replace(totals=beam.totals.masked_fill(ended, -torch.inf))
+            stopped = stopped | hopeless
+        return beam._replace(totals=beam.totals.masked_fill(stopped, -torch.inf))
 
     def _reorder(self, states: dict[str, State], beam: _Beam) -> dict[str, State]:
         """Return the scorers' states for the hypotheses of the beam."""

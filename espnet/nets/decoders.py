@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass, replace
 
-from espnet.nets.encoders import STREAMS, folder_problem
+from espnet.nets.encoders import (
+    AUDIO_ENCODERS,
+    STREAMS,
+    EncoderOptions,
+    folder_problem,
+    pretrained_of,
+)
 
 LLAMA_CONDITIONINGS = ("cross-attention", "prefix")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -18,11 +24,16 @@ class DecoderChoice:
         checkpoint: Hub id of the checkpoint that is used unless another is named; None for a
             decoder that starts from random weights, over a SentencePiece vocabulary.
         model_types: Architectures, as config.json names them, whose checkpoints it loads.
+        whisper_margin: Seconds of silence after an utterance that it wants of Whisper's encoder,
+            unless told otherwise.
+        beam_size: Hypotheses of the search, unless told otherwise.
     """
 
     ctc_weight: float
     checkpoint: str | None = None
     model_types: tuple[str, ...] = ()
+    whisper_margin: float = 0.0
+    beam_size: int = 5
 
     @property
     def pretrained(self) -> bool:
@@ -31,9 +42,9 @@ class DecoderChoice:
 
 
 DECODERS = {
-    "transformer": DecoderChoice(0.1),
+    "transformer": DecoderChoice(0.1, beam_size=40),
     "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", ("llama",)),
-    "whisper": DecoderChoice(0.1, "openai/whisper-small", ("whisper",)),
+    "whisper": DecoderChoice(0.0, "openai/whisper-small", ("whisper",), whisper_margin=2.0),
 }
 
 
@@ -91,6 +102,57 @@ class DecoderOptions:
         return replace(
             self, freeze_decoder=freeze, decoder_name=self.decoder_name or choice.checkpoint
         )
+
+
+def resolve_parts(
+    modality: str, encoders: EncoderOptions, decoder: DecoderOptions
+) -> tuple[EncoderOptions, DecoderOptions]:
+    """Fills in all that follows from the rest, also what encoders and decoder want of each other.
+
+    Args:
+        modality: Of the model.
+        encoders: As they were given, free of contradictions, or resolved.
+        decoder: Likewise.
+
+    Returns:
+        Both, resolved.
+    """
+    if is_whisper(encoders.resolved(modality), decoder):  # One name stands for both.
+        encoders, decoder = (
+            replace(
+                encoders, audio_encoder_name=encoders.audio_encoder_name or decoder.decoder_name
+            ),
+            replace(decoder, decoder_name=decoder.decoder_name or encoders.audio_encoder_name),
+        )
+    encoders, decoder = encoders.resolved(modality), decoder.resolved()
+    changes = {}
+    if encoders.frame_rate is None:
+        changes["frame_rate"] = 50 if is_whisper(encoders, decoder) else 25
+    if encoders.whisper_margin is None:
+        hears = encoders.audio_encoder == "whisper"
+        changes["whisper_margin"] = DECODERS[decoder.decoder].whisper_margin if hears else 0.0
+    return replace(encoders, **changes), decoder
+
+
+def is_whisper(encoders: EncoderOptions, decoder: DecoderOptions) -> bool:
+    """Whether a Whisper's decoder attends to a Whisper's encoder: the model starts as Whisper."""
+    return encoders.audio_encoder == "whisper" and decoder.decoder == "whisper"
+
+
+def default_elayers(encoders: EncoderOptions, decoder: DecoderOptions) -> int:
+    """Blocks of the Conformer unless told otherwise: none from one Whisper to the other."""
+    return 0 if is_whisper(encoders, decoder) else 12
+
+
+def default_adim(encoders: EncoderOptions, elayers: int) -> int | None:
+    """Feature size unless told otherwise; None: that of the audio encoder's features.
+
+    Args:
+        encoders: Resolved.
+        elayers: Blocks of the Conformer.
+    """
+    hears_pretrained = encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS)
+    return None if hears_pretrained and not elayers else 768
 
 
 def decoder_problems(modality: str, options: DecoderOptions) -> list[str]:

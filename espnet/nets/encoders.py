@@ -14,6 +14,7 @@ STREAMS = {
 }
 FRAME_RATES = (25, 50)  # frames a second at which the streams are fused
 POOLINGS = ("cls", "mean")
+WHISPER_SECONDS = 30  # what Whisper's encoder was trained on, and takes at most
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ AUDIO_ENCODERS = {
     "resnet1d": EncoderChoice(),
     "fbank": EncoderChoice(),
     "whisper": EncoderChoice(
-        "openai/whisper-small", ("whisper",), normalized_audio=False, max_seconds=30
+        "openai/whisper-small",
+        ("whisper",),
+        normalized_audio=False,
+        max_seconds=WHISPER_SECONDS,
     ),
     "wavlm": EncoderChoice("microsoft/wavlm-base-plus", ("wavlm",)),
 }
@@ -71,13 +75,16 @@ class EncoderOptions:
             with the final norm, `weighted`: a learned mean over all.
         gradient_checkpointing: Whether pretrained parts through which gradients flow, the decoder
             too, compute their activations again in the backward pass, to save memory.
-        frame_rate: Frames a second at which the streams are fused, 25 or 50.
+        frame_rate: Frames a second at which the streams are fused, 25 or 50; None: 50 from one
+            Whisper to the other, else 25.
         video_width: An eighth of the size of `resnet`'s features.
         audio_width: An eighth of the size of `resnet1d`'s and `fbank`'s features.
         vision_pooling: `cls` (class token) or `mean` (over the patches) of `vit` and `clip`.
         vision_image_size: Side in pixels to which they resize frames; None: hardly at all.
         vision_chunk_frames: Frames that they encode at once.
-        whisper_pad_30s: Whether `whisper` pads utterances to 30 s, as it was trained.
+        whisper_margin: Seconds of silence that `whisper` puts after an utterance; None: what the
+            decoder needs.
+        whisper_pad_30s: Whether the margin fills 30 s, as Whisper was trained.
     """
 
     vision_encoder: str | None = None
@@ -89,12 +96,13 @@ class EncoderOptions:
     unfreeze_last_layers: int = 0
     encoder_layer: int | str = -1
     gradient_checkpointing: bool = True
-    frame_rate: int = 25
+    frame_rate: int | None = None
     video_width: int = 64
     audio_width: int = 64
     vision_pooling: str = "cls"
     vision_image_size: int | None = None
     vision_chunk_frames: int = 128
+    whisper_margin: float | None = None
     whisper_pad_30s: bool = False
 
     def resolved(self, modality: str) -> "EncoderOptions":
@@ -111,6 +119,8 @@ class EncoderOptions:
                 changes[f"freeze_{word}_encoder"] = choice.pretrained
             if choice is not None and getattr(self, f"{word}_encoder_name") is None:
                 changes[f"{word}_encoder_name"] = choice.checkpoint
+        if self.whisper_pad_30s:
+            changes["whisper_margin"] = float(WHISPER_SECONDS)
         return replace(self, **changes)
 
 
@@ -156,7 +166,7 @@ def encoder_problems(modality: str, options: EncoderOptions) -> list[str]:
             problems += _superfluous(word, options, modality)
     if problems:
         return problems
-    options = options.resolved(modality)
+    given, options = options, options.resolved(modality)
     used = {options.vision_encoder, options.audio_encoder}
     pretrained = [word for word, table in TABLES.items() if used & pretrained_of(table)]
     if options.encoder_layer != -1 and not pretrained:
@@ -180,10 +190,26 @@ def encoder_problems(modality: str, options: EncoderOptions) -> list[str]:
         problems.append(
             f"--vision-pooling {options.vision_pooling} needs --vision-encoder vit or clip"
         )
-    if options.whisper_pad_30s and "whisper" not in used:
-        problems.append("--whisper-pad-30s needs --audio-encoder whisper")
-    if options.frame_rate not in FRAME_RATES:
+    problems += _whisper_problems(given, is_used="whisper" in used)
+    if options.frame_rate not in (None, *FRAME_RATES):
         problems.append(f"--frame-rate {options.frame_rate}: choose 25 or 50")
+    return problems
+
+
+def _whisper_problems(options: EncoderOptions, *, is_used: bool) -> list[str]:
+    """What is wrong with the silence after an utterance; `options` are not resolved."""
+    margin, pad_30s = options.whisper_margin, options.whisper_pad_30s
+    problems = []
+    if pad_30s and not is_used:
+        problems.append("--whisper-pad-30s needs --audio-encoder whisper")
+    if margin is None:
+        return problems
+    if margin and not is_used:
+        problems.append(f"--whisper-margin {margin:g} needs --audio-encoder whisper")
+    if not 0 <= margin <= WHISPER_SECONDS:
+        problems.append(f"--whisper-margin {margin:g}: choose 0 to {WHISPER_SECONDS} seconds")
+    if pad_30s and margin != WHISPER_SECONDS:
+        problems.append(f"--whisper-pad-30s contradicts --whisper-margin {margin:g}: leave one out")
     return problems
 
 

@@ -10,7 +10,8 @@ class Hypothesis(NamedTuple):
 
     Attributes:
         yseq: Token ids with start and end symbol (U,), int64, on the CPU.
-        score: Weighted sum of the scores.
+        score: Weighted sum of the scores; with length normalisation over the tokens, the end
+            symbol counted.
         scores: Unweighted score of each scorer.
     """
 
@@ -32,6 +33,8 @@ class SearchStep(NamedTuple):
         ended: True where the hypothesis ended in this step (A, K).
         totals: Weighted scores (A, K).
         scores: Unweighted scores of the S scorers (A, S, K).
+        repeats: Tokens at the end of one that was stopped which only repeat a phrase (A, K), and
+            are cut off; else 0.
     """
 
     parents: torch.Tensor
@@ -39,6 +42,7 @@ class SearchStep(NamedTuple):
     ended: torch.Tensor
     totals: torch.Tensor
     scores: torch.Tensor
+    repeats: torch.Tensor
 
 
 class SearchHistory:
@@ -49,13 +53,23 @@ class SearchHistory:
         scorer_names: Names of the S scorers.
         sos: Id of the start symbol.
         eos: Id of the end symbol.
+        normalize: Whether hypotheses are compared by their score per token.
     """
 
-    def __init__(self, utterances: int, scorer_names: list[str], sos: int, eos: int) -> None:
+    def __init__(
+        self,
+        utterances: int,
+        scorer_names: list[str],
+        sos: int,
+        eos: int,
+        *,
+        normalize: bool = False,
+    ) -> None:
         self.utterances = utterances
         self.scorer_names = scorer_names
         self.sos = sos
         self.eos = eos
+        self.normalize = normalize
         self._running = torch.arange(utterances)
         self._steps: list[SearchStep] = []
         self._parts: list[SearchStep] = []
@@ -74,7 +88,10 @@ class SearchHistory:
         self._running = self._running[utterances]
 
     def nbest(self) -> list[list[Hypothesis]]:
-        """Return the ended hypotheses of each utterance, best first."""
+        """Return the ended hypotheses of each utterance, best first.
+
+        Those that were stopped, since they repeat a phrase, come after all others.
+        """
         self._store_steps()
         nbest: list[list[Hypothesis]] = [[] for _ in range(self.utterances)]
         if not self._parts:
@@ -82,14 +99,23 @@ class SearchHistory:
         history = SearchStep(*(torch.cat(fields) for fields in zip(*self._parts, strict=True)))
         # (L, B, K) -> (E,) for each of the coordinates, for E ended hypotheses
         step, utterance, place = history.ended.nonzero(as_tuple=True)
+        repeats = history.repeats[step, utterance, place]
+        for _ in range(int(repeats.max()) if repeats.numel() else 0):
+            back = repeats > 0
+            place = torch.where(back, history.parents[step, utterance, place], place)
+            step, repeats = step - back.long(), repeats - back.long()
+        stopped = history.repeats[history.ended] > 0
         totals = history.totals[step, utterance, place]
-        order = totals.argsort(descending=True, stable=True)
-        step, utterance, place = step[order], utterance[order], place[order]
-        sequences = self._trace_back(history, step, utterance, place)
         # Start symbol, tokens up to this step, and the end symbol unless it was the last of them.
         lengths = step + 2 + (history.tokens[step, utterance, place] != self.eos)
+        if self.normalize:
+            totals = totals / (step + 1)
+        order = totals.argsort(descending=True, stable=True)
+        order = order[stopped[order].long().argsort(stable=True)]
+        step, utterance, place = step[order], utterance[order], place[order]
+        sequences = self._trace_back(history, step, utterance, place)
         scores = history.scores[step, utterance, :, place]  # (E, S)
-        rows = (utterance, lengths, totals[order], scores)
+        rows = (utterance, lengths[order], totals[order], scores)
         for sequence, *row in zip(sequences, *(values.tolist() for values in rows), strict=True):
             owner, length, total, scores_of_one = row
             named = dict(zip(self.scorer_names, scores_of_one, strict=True))

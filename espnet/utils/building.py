@@ -168,4 +168,7 @@ def build_module(args: Namespace, model: E2E, text_transform: AnyTextTransform) 
         ctc_decode_weight=args.ctc_decode_weight,
         length_bonus=args.length_bonus,
         max_dec_tokens=args.max_dec_tokens,
+        end_when_beaten=DECODERS[args.decoder].pretrained and not args.ctc_decode_weight,
+        length_normalization=args.length_normalization,
+        stop_repeats=args.stop_repeats,
     )

@@ -15,6 +15,9 @@ from espnet.nets.decoders import (
     LLAMA_CONDITIONINGS,
     WHISPER_TASKS,
     DecoderOptions,
+    default_adim,
+    default_elayers,
+    resolve_parts,
 )
 from espnet.nets.encoders import (
     AUDIO_ENCODERS,
@@ -24,7 +27,15 @@ from espnet.nets.encoders import (
     VISION_ENCODERS,
     EncoderOptions,
 )
-from espnet.utils.option_types import count, hidden_layer, natural, positive, probability, share
+from espnet.utils.option_types import (
+    count,
+    hidden_layer,
+    margin,
+    natural,
+    positive,
+    probability,
+    share,
+)
 
 LLAMA_PROMPT = "Transcribe speech to text."
 ENCODER_FIELDS = fields(EncoderOptions)
@@ -51,13 +62,21 @@ MODEL_OPTIONS = (
 def add_model_options(parser: ArgumentParser) -> None:
     """Adds what model to build; the defaults are auto_avsr's."""
     group = parser.add_argument_group("model")
-    group.add_argument("--adim", type=count, default=768, help="feature size (%(default)s)")
+    group.add_argument(
+        "--adim",
+        type=count,
+        help="feature size (default: 768, but without encoder blocks that of a pretrained audio "
+        "encoder)",
+    )
     group.add_argument("--aheads", type=count, default=12, help="attention heads (%(default)s)")
     group.add_argument(
         "--eunits", type=count, default=3072, help="encoder feed-forward units (%(default)s)"
     )
     group.add_argument(
-        "--elayers", type=natural, default=12, help="encoder blocks, 0 leaves the encoder out (12)"
+        "--elayers",
+        type=natural,
+        help="encoder blocks, 0 leaves the encoder out (default: 12, but 0 from Whisper's encoder "
+        "to Whisper's decoder)",
     )
     group.add_argument(
         "--dunits", type=count, default=3072, help="decoder feed-forward units (%(default)s)"
@@ -75,7 +94,8 @@ def add_model_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--ctc-weight",
         type=probability,
-        help="CTC's share of the loss; 0: no CTC layer (default: 0.1, but 0 for LLaMA)",
+        help="CTC's share of the loss; 0: no CTC layer (default: 0.1, but 0 for pretrained "
+        "decoders)",
     )
     group.add_argument(
         "--modality-dropout",
@@ -149,9 +169,9 @@ def add_encoder_options(parser: ArgumentParser) -> None:
         "--frame-rate",
         type=int,
         choices=FRAME_RATES,
-        default=25,
         help="frames a second at which the streams are fused: at 25, features of Whisper and WavLM "
-        "are stacked in pairs, at 50, video is repeated (%(default)s)",
+        "are stacked in pairs, at 50, video is repeated (default: 25, but 50 from Whisper's "
+        "encoder to Whisper's decoder)",
     )
     group.add_argument(
         "--video-width", type=count, default=64, help="channels of the video ResNet (%(default)s)"
@@ -179,10 +199,19 @@ def add_encoder_options(parser: ArgumentParser) -> None:
         default=128,
         help="frames that ViT and CLIP encode at once; bounds the memory (%(default)s)",
     )
+    margins = [f"{n}: {c.whisper_margin:g}" for n, c in DECODERS.items() if c.whisper_margin]
+    group.add_argument(
+        "--whisper-margin",
+        type=margin,
+        metavar="SECONDS|30s",
+        help="silence that follows an utterance in Whisper's encoder; 30s: as much as it takes "
+        f"(default: 0, but with --decoder {', '.join(margins)}: where no silence follows the "
+        "words, Whisper repeats them)",
+    )
     group.add_argument(
         "--whisper-pad-30s",
         action="store_true",
-        help="pad utterances to 30 s for Whisper's encoder, as it was trained: slower",
+        help="the same as --whisper-margin 30s, as Whisper was trained: slower",
     )
 
 
@@ -324,13 +353,17 @@ def complete_model(args: Namespace, modality: str) -> None:
         args: Options, free of contradictions.
         modality: Of the model.
     """
-    encoders, decoder = encoder_options(args).resolved(modality), decoder_options(args).resolved()
+    encoders, decoder = resolve_parts(modality, encoder_options(args), decoder_options(args))
     for name, value in (vars(encoders) | vars(decoder)).items():
         if name.endswith("_name") and value is not None and Path(value).is_dir():
             value = str(Path(value).resolve())
         setattr(args, name, value)
     args.qlora_parts = adaptation_options(args).resolved(encoders, decoder).qlora_parts
     choice = DECODERS[args.decoder]
+    if args.elayers is None:
+        args.elayers = default_elayers(encoders, decoder)
+    if args.adim is None:
+        args.adim = default_adim(encoders, args.elayers)
     defaults = {
         "ctc_weight": choice.ctc_weight,
         "label_smoothing": 0.0 if choice.pretrained else 0.1,
@@ -341,6 +374,10 @@ def complete_model(args: Namespace, modality: str) -> None:
             setattr(args, name, value)
     if args.ctc_decode_weight is None:
         args.ctc_decode_weight = 0.1 if args.ctc_weight else 0.0
+    if args.beam_size is None:
+        args.beam_size = choice.beam_size
+    if args.stop_repeats is None:
+        args.stop_repeats = choice.pretrained and not args.ctc_decode_weight
 
 
 def model_options(args: Namespace) -> dict[str, Any]:

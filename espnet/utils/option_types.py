@@ -36,6 +36,14 @@ def non_negative(text: str) -> float:
     return value
 
 
+def margin(text: str) -> float:
+    """Parses a number of seconds, of at least 0, which may end in `s`: `2`, `0.5s`, `30s`."""
+    try:
+        return non_negative(text.removesuffix("s"))
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is no number of seconds: 2 or 30s, say") from None
+
+
 def finite(text: str) -> float:
     """Parses a number that is neither infinite nor NaN."""
     value = float(text)

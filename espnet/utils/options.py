@@ -3,7 +3,7 @@
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from typing import Any, NoReturn
 
 from espnet.nets.decoders import DECODERS
@@ -248,7 +248,12 @@ def add_hardware_options(parser: ArgumentParser) -> None:
 def add_decoding_options(parser: ArgumentParser) -> None:
     """Adds how to search for the transcript."""
     group = parser.add_argument_group("decoding")
-    group.add_argument("--beam-size", type=count, default=40, help="(%(default)s)")
+    sizes = [f"{name}: {choice.beam_size}" for name, choice in DECODERS.items()]
+    group.add_argument(
+        "--beam-size",
+        type=count,
+        help=f"hypotheses that are kept (default: {', '.join(sizes)})",
+    )
     group.add_argument(
         "--ctc-decode-weight",
         type=probability,
@@ -256,6 +261,19 @@ def add_decoding_options(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--length-bonus", type=finite, default=0.0, help="score of every token (%(default)s)"
+    )
+    group.add_argument(
+        "--length-normalization",
+        action=BooleanOptionalAction,
+        default=False,
+        help="compare hypotheses by their score per token, and end the search as transformers' "
+        "generate does (%(default)s)",
+    )
+    group.add_argument(
+        "--stop-repeats",
+        action=BooleanOptionalAction,
+        help="stop hypotheses that have begun to repeat themselves (default: for pretrained "
+        "decoders that are searched without CTC)",
     )
     group.add_argument(
         "--max-dec-tokens",
@@ -338,6 +356,9 @@ def demo_options(given: Namespace) -> dict[str, Any]:
         del options["modality"], options["audio_encoder"]
         if modality != "audiovisual":
             del options["modality_dropout"]
+    if given.audio_encoder == given.decoder == "whisper":  # Its sizes are the checkpoint's.
+        for name in ("adim", "aheads", "eunits", "elayers", "dunits", "dlayers"):
+            del options[name]
     share = DECODERS[given.decoder].ctc_weight if given.ctc_weight is None else given.ctc_weight
     if not share:  # Without a CTC layer, the search can give it no share either.
         del options["ctc_weight"], options["ctc_decode_weight"]

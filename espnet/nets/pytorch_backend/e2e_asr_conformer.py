@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet.nets.adaptation import AdaptationOptions, adaptation_problems
-from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary, decoder_problems
+from espnet.nets.decoders import (
+    DECODERS,
+    DecoderOptions,
+    Vocabulary,
+    decoder_problems,
+    default_adim,
+    default_elayers,
+    resolve_parts,
+)
 from espnet.nets.encoders import (
     AUDIO_ENCODERS,
     STREAMS,
@@ -101,8 +109,8 @@ def build_audio_frontend(options: EncoderOptions, *, quantize: bool = False) -> 
         frontend = FilterBank(width=options.audio_width)
         return frontend.requires_grad_(not options.freeze_audio_encoder)
     elif name == "whisper":
-        pad_30s = options.whisper_pad_30s
-        return WhisperEncoder(options.audio_encoder_name, pad_30s=pad_30s, **of_waves)
+        margin = options.whisper_margin
+        return WhisperEncoder(options.audio_encoder_name, margin=margin, **of_waves)
     elif name == "wavlm":
         return WavLMEncoder(options.audio_encoder_name, **of_waves)
     raise ValueError(f"audio front-end {name!r} is unknown: choose {', '.join(AUDIO_ENCODERS)}")
@@ -146,6 +154,7 @@ def build_decoder(
         "memory_dim": memory_dim,
         "prompt": vocabulary.prompt,
         "eos": vocabulary.eos,
+        "suppress": vocabulary.special_tokens,
         "freeze": options.freeze_decoder,
         "gradient_checkpointing": gradient_checkpointing,
         "dropout_rate": dropout_rate,
@@ -167,7 +176,6 @@ def build_decoder(
     elif name == "whisper":
         return WhisperDecoder(
             options.decoder_name,
-            suppress=vocabulary.special_tokens,
             video_dim=video_dim,
             **pretrained,
         )
@@ -191,14 +199,15 @@ class E2E(FreezableModule):
         odim: Vocabulary size V: blank (0), the tokens, and eos, by default V - 1 and sos too.
         modality: `audio`, `video` or `audiovisual`.
         ctc_weight: Weight of the CTC loss in [0, 1]; the decoder's loss has the rest. At 0 there is
-            no CTC layer. None: 0.1, but 0 with a LLaMA decoder.
+            no CTC layer. None: 0.1, but 0 with a pretrained decoder.
         ignore_id: Id that pads targets.
-        adim: Feature size D of encoder and decoder.
+        adim: Feature size D of encoder and decoder. None: 768, but without a Conformer that of a
+            pretrained audio encoder's features at the frame rate.
         aheads: Attention heads.
         eunits: Feed-forward units of the encoder.
         elayers: Blocks of the encoder; 0 leaves it out. Then, and if the audio encoder is
-            pretrained, has features of size `adim` and the clock its rate, the fused features
-            are the audio's at the start.
+            pretrained and its features at the frame rate have size `adim`, the fused features are
+            the audio's at the start. None: 12, but 0 from a Whisper encoder to a Whisper decoder.
         dunits: Feed-forward units of the decoder.
         dlayers: Blocks of the decoder.
         cnn_module_kernel: Frames that the encoder's convolutions see.
@@ -227,10 +236,10 @@ class E2E(FreezableModule):
         ctc_weight: float | None = None,
         ignore_id: int = -1,
         *,
-        adim: int = 768,
+        adim: int | None = None,
         aheads: int = 12,
         eunits: int = 3072,
-        elayers: int = 12,
+        elayers: int | None = None,
         dunits: int = 3072,
         dlayers: int = 6,
         cnn_module_kernel: int = 31,
@@ -251,7 +260,8 @@ class E2E(FreezableModule):
         _check_arguments(modality, ctc_weight or 0.0, label_smoothing, modality_dropout)
         if problems := encoder_problems(modality, encoders) + decoder_problems(modality, decoders):
             raise ValueError("; ".join(problems))
-        encoders, decoders = encoders.resolved(modality), decoders.resolved()
+        encoders, decoders = resolve_parts(modality, encoders, decoders)
+        elayers = default_elayers(encoders, decoders) if elayers is None else elayers
         if problems := adaptation_problems(adaptation, encoders, decoders, elayers):
             raise ValueError("; ".join(problems))
         adaptation = adaptation.resolved(encoders, decoders)
@@ -269,6 +279,8 @@ class E2E(FreezableModule):
         self.modality_dropout = modality_dropout
 
         self.frame_rate = encoders.frame_rate
+        # Frames of silence after an utterance, which Whisper's encoder adds.
+        self.margin = round(encoders.whisper_margin * self.frame_rate)
         if "video" in self.streams:
             self.video_frontend = build_video_frontend(encoders, quantize="vision" in in_4_bits)
         if "audio" in self.streams:
@@ -277,6 +289,8 @@ class E2E(FreezableModule):
         if any(modality_dropout):
             self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
             self.missing_audio = nn.Parameter(torch.zeros(widths["audio"]))
+        if adim is None:
+            adim = default_adim(encoders, elayers) or widths["audio"]
         self.proj_encoder = nn.Linear(sum(widths[s] for s in self.fused_streams), adim)
         self.encoder = None
         if elayers:
@@ -288,12 +302,8 @@ class E2E(FreezableModule):
                 cnn_module_kernel=cnn_module_kernel,
                 dropout_rate=dropout_rate,
             )
-        elif encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS):
-            if (self.audio_frontend.output_dim, self.audio_frontend.frame_rate) == (
-                adim,
-                self.frame_rate,
-            ):
-                _pass_on_last(self.proj_encoder)
+        elif encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS) and widths["audio"] == adim:
+            _pass_on_last(self.proj_encoder)
         # Gated video reaches the decoder beside the memory, not in it.
         video_dim = widths["video"] if decoders.whisper_gated_video else 0
         self.decoder = build_decoder(
@@ -402,15 +412,12 @@ class E2E(FreezableModule):
             )
         frames = self._clock(lengths)
         lost = self._draw_lost_streams(len(frames)) if self.training and not missing else {}
-        encoded = {
-            stream: self._encode_stream(stream, x[stream], lengths[stream], lost.get(stream))
-            for stream in self.streams
-            if stream in x
-        }
-        length = next(iter(encoded.values())).size(1)
+        length = int(frames.max())
         features = {
-            stream: _fit_length(encoded[stream], length)
-            if stream in encoded
+            stream: self._encode_stream(
+                stream, x[stream], lengths[stream], lost.get(stream), length
+            )
+            if stream in x
             else getattr(self, f"missing_{stream}").expand(len(frames), length, -1)
             for stream in self.streams
         }
@@ -440,20 +447,23 @@ class E2E(FreezableModule):
         frontend = self._frontend(stream)
         return to_clock(frontend(x, lengths)[0], frontend.frame_rate, self.frame_rate)
 
-    def _frames(self, stream: str, lengths: Tensor) -> Tensor:
-        """Frames on the clock of a stream, (B,)."""
+    def _frames(self, stream: str, lengths: Tensor, *, margin: bool = False) -> Tensor:
+        """Frames on the clock of a stream, (B,), with or without the silence after it."""
         frontend = self._frontend(stream)
-        lengths = frontend.output_lengths(lengths)
-        return clock_lengths(lengths, frontend.frame_rate, self.frame_rate)
+        of_speech = self.margin and stream == "audio" and not margin
+        count = frontend.speech_lengths if of_speech else frontend.output_lengths
+        return clock_lengths(count(lengths), frontend.frame_rate, self.frame_rate)
 
     def _clock(self, lengths: Mapping[str, Tensor]) -> Tensor:
         """Frames of each utterance, (B,): those of the first stream; the other's may differ a bit.
+
+        The silence after the audio is added, also where the audio itself is absent.
 
         Raises:
             ValueError: If they differ by more than `MAX_LENGTH_DIFFERENCE`.
         """
         streams = [stream for stream in self.streams if stream in lengths]
-        first, *others = (self._frames(stream, lengths[stream]) for stream in streams)
+        first, *others = speech = [self._frames(stream, lengths[stream]) for stream in streams]
         for stream, frames in zip(streams[1:], others, strict=True):
             difference = (frames - first).abs()
             if difference.max() > MAX_LENGTH_DIFFERENCE:
@@ -463,21 +473,23 @@ class E2E(FreezableModule):
                     f"and {int(frames[row])} of {stream}, at most {MAX_LENGTH_DIFFERENCE} may lie "
                     "between them: they do not belong together"
                 )
-        return first
+        if "audio" in lengths:  # Near 30 s there is room for less silence.
+            return first + self._frames("audio", lengths["audio"], margin=True) - speech[-1]
+        return first + self.margin
 
     def _encode_stream(
-        self, stream: str, x: Tensor, lengths: Tensor, lost: Tensor | None
+        self, stream: str, x: Tensor, lengths: Tensor, lost: Tensor | None, length: int
     ) -> Tensor:
-        """Features of a stream, (B, T, D); utterances that lost it, (B,) bool, get its vector."""
+        """Features of a stream, (B, length, D); utterances that lost it, (B,), get its vector."""
         if lost is None:
-            return self._features(stream, x, lengths)
+            return _fit_length(self._features(stream, x, lengths), length)
         # Lost utterances save their work. One is always encoded, and the vector is always used:
         # processes that train together wait for a gradient of every parameter.
         rows = (~lost).nonzero().flatten() if not lost.all() else torch.zeros(1, dtype=torch.int64)
         rows = rows.to(x.device)
-        kept = self._features(stream, x[rows], lengths[rows])
+        kept = _fit_length(self._features(stream, x[rows], lengths[rows]), length)
         vector = getattr(self, f"missing_{stream}").to(kept.dtype)
-        features = vector.repeat(len(x), kept.size(1), 1).index_copy(0, rows, kept)
+        features = vector.repeat(len(x), length, 1).index_copy(0, rows, kept)
         return torch.where(lost.to(x.device)[:, None, None], vector, features)
 
     def _draw_lost_streams(self, batch_size: int) -> dict[str, Tensor]:

@@ -134,3 +134,36 @@ def _is_hopeless(ended: list[SlowHypothesis], step: int) -> bool:
         if not same or max(same) - best >= -10.0:
             return False
     return True
+
+
+def slow_generate(
+    decoder: Callable[[tuple[int, ...]], np.ndarray],
+    *,
+    vocab_size: int,
+    beam_size: int,
+    eos: int,
+    most: int,
+    normalize: bool,
+) -> list[tuple[tuple[int, ...], float]]:
+    """Return tokens and scores of the ended hypotheses by the rules of `generate`, best first."""
+    running, ended = [((), 0.0)], []
+    for step in range(most):
+        length = step + 1 if normalize else 1
+        extended = []
+        for tokens, score in running:
+            scores = decoder(tokens)
+            extended += [((*tokens, token), score + scores[token]) for token in range(vocab_size)]
+        extended.sort(key=lambda hypothesis: -hypothesis[1])
+        running = []
+        for place, (tokens, score) in enumerate(extended[: 2 * beam_size]):
+            if tokens[-1] != eos and step < most - 1:
+                running.append((tokens, score))
+            elif place < beam_size:
+                ended.append((tuple(t for t in tokens if t != eos), score / length))
+        ended.sort(key=lambda hypothesis: -hypothesis[1])
+        running = running[:beam_size]
+        if not running or (beam_size == 1 and ended):
+            break
+        if len(ended) >= beam_size and running[0][1] / length <= ended[beam_size - 1][1]:
+            break
+    return ended

@@ -58,7 +58,7 @@ def test_auto_avsrs_defaults():
     ("arguments", "expected"),
     [
         (["--decoder", "llama"], (0.0, 0.0, 0.0, "lower", True, "meta-llama/Llama-3.2-1B")),
-        (["--decoder", "whisper"], (0.1, 0.1, 0.0, "lower", True, "openai/whisper-small")),
+        (["--decoder", "whisper"], (0.0, 0.0, 0.0, "lower", True, "openai/whisper-small")),
         (["--decoder", "whisper", "--ctc-weight", "0"], (0.0, 0.0, 0.0, "lower", True, None)),
         (["--decoder", "llama", "--ctc-weight", "0.2"], (0.2, 0.1, 0.0, "lower", True, None)),
         (["--decoder", "llama", "--no-freeze-decoder"], (0.0, 0.0, 0.0, "lower", False, None)),

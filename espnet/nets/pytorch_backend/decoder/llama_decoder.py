@@ -61,6 +61,8 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         memory_dim: Size of the encoder's output.
         prompt: Tokens that precede the text, BOS first; the last one is the start symbol.
         eos: Id of the end symbol, the project's.
+        suppress: The tokenizer's ids that no text holds, such as its special tokens: a search
+            never chooses them.
         conditioning: `cross-attention` or `prefix`.
         cross_every: Layers from one block of cross-attention to the next.
         downsample: Frames in an embedding of the prefix.
@@ -90,6 +92,7 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         memory_dim: int,
         prompt: tuple[int, ...],
         eos: int,
+        suppress: tuple[int, ...] = (),
         conditioning: str = "cross-attention",
         cross_every: int = 4,
         downsample: int = 3,
@@ -126,6 +129,10 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
         self.gradient_checkpointing = gradient_checkpointing
         self.cross_every = cross_every
         self.register_buffer("prompt", torch.tensor(prompt), persistent=False)
+        suppressed = torch.zeros(tokens, dtype=torch.bool)
+        suppressed[[token for token in suppress if token < tokens]] = True
+        suppressed[eos - self.first_token] = False
+        self.register_buffer("suppressed", suppressed, persistent=False)
         self.memory_prefix = None
         self.cross_attention = nn.ModuleList()
         if conditioning == "prefix":
@@ -223,7 +230,9 @@ class LLaMADecoder(FreezableModule, ScorerInterface):
             cache=state.cache,
             shared_prefix=state.prefix,
         )
+        # As in `generate`, what is suppressed keeps its share of the probability.
         scores = self.logits(hidden.squeeze(1)).float().log_softmax(dim=-1)
+        scores = scores.masked_fill(self.suppressed, -torch.inf)
         return F.pad(scores, (self.first_token, 0), value=-torch.inf), state
 
     def reorder(self, state: LLaMADecoderState, index: Tensor) -> LLaMADecoderState:

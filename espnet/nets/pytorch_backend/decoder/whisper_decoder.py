@@ -203,10 +203,11 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         # Hypotheses that are over may hold blanks, which have no embedding.
         ids = (tokens.unsqueeze(1) - self.first_token).clamp(min=0)
         features = self._advance(ids, state)
-        logits = F.pad(self.logits(features).squeeze(1).float(), (self.first_token, 0))
+        # As in `generate`, what is suppressed keeps its share of the probability.
+        scores = F.log_softmax(self.logits(features).squeeze(1).float(), dim=-1)
         first = position == len(self.prompt) - 1
         suppressed = self.suppressed_at_first if first else self.suppressed
-        scores = F.log_softmax(logits.masked_fill(suppressed, -torch.inf), dim=-1)
+        scores = F.pad(scores, (self.first_token, 0)).masked_fill(suppressed, -torch.inf)
         if position == self.positions - 1:
             scores = scores.masked_fill(self.all_but_eos, -torch.inf)
         return scores, state

@@ -1,4 +1,4 @@
-"""Audio front-end: the encoder of Whisper on utterances of their real length."""
+"""Audio front-end: the encoder of Whisper on utterances, each with a margin of silence."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from espnet.nets.pytorch_backend.frontend.packing import ATTENTION, Packing, pac
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
 from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 from espnet.nets.pytorch_backend.frontend.whisper_log_mel import WhisperLogMel
-from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
+from espnet.nets.pytorch_backend.nets_utils import zero_padding
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 
 CONVOLUTION_STRIDE = 2  # log-mel features for one of the encoder's
@@ -23,13 +23,17 @@ class WhisperEncoder(WaveEncoder):
 
     Source: Radford et al., Robust Speech Recognition via Large-Scale Weak Supervision, 2023, in
     transformers' implementation. Unlike there, utterances are not padded to 30 s: the table of
-    positions is cut to their length, and padding is masked. Its final layer norm is part of the
-    last hidden layer.
+    positions is cut to their length and a margin of silence, and padding is masked. Its final
+    layer norm is part of the last hidden layer.
+
+    Whisper was trained on 30 s, so its decoder looks for the end of a text in the silence after
+    the words, and repeats them where there is none. The margin's features are an utterance's own:
+    they count in the lengths.
 
     Args:
         name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
-        pad_30s: Pad every utterance to 30 s, as Whisper was trained; the features are those of
-            its real length.
+        margin: Seconds of silence that follow each utterance, as far as the checkpoint has
+            positions; 30 fills them all.
         quantize: Whether its linear layers go into 4 bits while they are loaded.
         **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
             `WaveEncoder` and `PretrainedEncoder`.
@@ -44,7 +48,7 @@ class WhisperEncoder(WaveEncoder):
         self,
         name: str,
         *,
-        pad_30s: bool = False,
+        margin: float = 0.0,
         quantize: bool = False,
         **options: Any,
     ) -> None:
@@ -61,7 +65,7 @@ class WhisperEncoder(WaveEncoder):
         backbone.embed_positions.requires_grad_(False)  # Sinusoids; loading forgets it.
         super().__init__(backbone, **options)
         self.positions = backbone.config.max_source_positions
-        self.pad_30s = pad_30s
+        self.margin = round(margin * self.frame_rate)  # features
         self.log_mel = WhisperLogMel(backbone.config.num_mel_bins)
 
     @property
@@ -73,9 +77,13 @@ class WhisperEncoder(WaveEncoder):
         """The layer norm after the last layer."""
         return self.backbone.layer_norm
 
-    def output_lengths(self, lengths: Tensor) -> Tensor:
-        """Features of waveforms of given lengths in samples: one for each 20 ms that begin."""
+    def speech_lengths(self, lengths: Tensor) -> Tensor:
+        """Features before the margin: one for each 20 ms that begin. `lengths` are in samples."""
         return (lengths + SAMPLES_PER_FEATURE - 1) // SAMPLES_PER_FEATURE
+
+    def output_lengths(self, lengths: Tensor) -> Tensor:
+        """Features of waveforms of given lengths in samples, the margin among them."""
+        return (self.speech_lengths(lengths) + self.margin).clamp(max=self.positions)
 
     def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:  # noqa: ARG002
         """Encodes waveforms.
@@ -83,7 +91,7 @@ class WhisperEncoder(WaveEncoder):
         Args:
             waves: (B, S), longest first, zero where padded.
             samples: Real samples, (B,).
-            frames: Features of each, (B,).
+            frames: Features of each, (B,), its margin among them.
 
         Returns:
             Features, (B, T, D), zero where padded, T that of the longest.
@@ -98,12 +106,8 @@ class WhisperEncoder(WaveEncoder):
                 f"takes at most {self.positions / self.frame_rate:g} s: leave it out, cut it, or "
                 "choose another --audio-encoder"
             )
-        if self.pad_30s:
-            mel = self.log_mel(waves, CONVOLUTION_STRIDE * self.positions)
-            features = self.choose(self.hidden_states(mel, None))[:, :length]
-            return zero_padding(features, padding_mask(frames, length))
         packing = Packing.of(frames)
-        mel = self.log_mel(waves, CONVOLUTION_STRIDE * length)
+        mel = self.log_mel(waves, CONVOLUTION_STRIDE * min(length + self.margin, self.positions))
         return pad(self.choose(self.hidden_states(mel, packing)), packing)
 
     def hidden_states(self, mel: Tensor, packing: Packing | None) -> Iterator[Tensor]:

@@ -115,6 +115,31 @@ def test_modality_dropout_replaces_a_stream_by_its_vector():
     assert not torch.isclose(model(x, lengths, targets)[0], loss)
 
 
+@pytest.mark.parametrize("lost", ["audio", "video"])
+def test_a_lost_stream_gives_the_same_whatever_the_other_utterances(lost, monkeypatch):
+    """Also where those that keep it are shorter, and in evaluation, where all lack it."""
+    model = make(modality_dropout=(0.5, 0.5))
+    for vector in (model.missing_audio, model.missing_video):
+        torch.nn.init.normal_(vector)
+    taken = []
+    monkeypatch.setattr(
+        model.proj_encoder, "forward", lambda x: taken.append(x) or x.new_zeros(*x.shape[:2], 16)
+    )
+    x, lengths, _ = batch([10, 4])
+    rows = {"audio": torch.zeros(2, dtype=bool), "video": torch.zeros(2, dtype=bool)}
+    rows[lost][0] = True
+    monkeypatch.setattr(model, "_draw_lost_streams", lambda batch_size: rows)  # noqa: ARG005
+    model.encode(x, lengths)
+    model.eval()
+    (kept,) = {"audio", "video"} - {lost}
+    model.encode({kept: x[kept]}, {kept: lengths[kept]})
+    width = len(model.missing_video)
+    part = slice(0, width) if lost == "video" else slice(width, None)
+    vector = getattr(model, f"missing_{lost}")
+    for fused in taken:
+        torch.testing.assert_close(fused[0, :, part], vector.expand(10, -1))
+
+
 def test_modality_dropout_never_takes_both_streams():
     model = make(modality_dropout=(0.3, 0.5))
     torch.manual_seed(0)

@@ -28,7 +28,8 @@ DECODERS = {
     "llama_prefix": {"decoder": "llama", "llama_conditioning": "prefix"},
     "whisper": {"decoder": "whisper"},
 }
-WHISPER_ALONE = {"elayers": 0, "frame_rate": 50, "adim": WIDTH, "audio_encoder": "whisper"}
+# The rest follows from the checkpoints.
+WHISPER_ALONE = {"audio_encoder": "whisper", "elayers": None, "adim": None}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +109,8 @@ def test_a_step_trains_what_is_not_frozen_and_padding_changes_nothing(
 
 
 def test_there_is_a_ctc_layer_where_ctc_has_a_share(make, transforms):
-    assert make("whisper").ctc_weight == 0.1
+    assert make("whisper", ctc_weight=0.3).ctc is not None
+    assert make("whisper").ctc is None
     model = make("llama")
     assert model.ctc is None
     assert not any(name.startswith("ctc.") for name in model.state_dict())
@@ -285,3 +287,76 @@ def test_whisper_at_the_start_greedily(make, whisper, utterance, transforms, mod
     prompt = list(transform.prompt)
     assert ours == (theirs[len(prompt) :] if theirs[: len(prompt)] == prompt else theirs)
     assert len(ours) > 1
+
+
+def two_seconds():
+    """Audio (1, S, 1) and video of less than 30 s, and their lengths."""
+    generator = torch.Generator().manual_seed(5)
+    x = {
+        "audio": 0.1 * torch.randn(1, 32_000, 1, generator=generator),
+        "video": torch.randn(1, 50, 1, 16, 16, generator=generator),
+    }
+    return x, {"audio": torch.tensor([32_000]), "video": torch.tensor([50])}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("modality", "options"), VARIANTS[:3])
+def test_whisper_at_the_start_on_a_short_utterance(make, whisper, transforms, modality, options):
+    """With the silence that it was trained with, up to 30 s."""
+    model = make("whisper", modality, whisper_margin=30.0, **WHISPER_ALONE, **options).eval()
+    x, lengths = two_seconds()
+    x, lengths = ({s: of[s] for s in model.streams} for of in (x, lengths))
+    transform = transforms["whisper"]
+    tokens = torch.tensor([model.sos, *transform.tokenize("bin blue at f two now")])[None]
+    memory, memory_lengths = model.encode(x, lengths)
+    assert memory_lengths.tolist() == [1500]
+    extractor = WhisperFeatureExtractor()
+    mel = extractor(x["audio"][0, :, 0].numpy(), sampling_rate=16000, return_tensors="pt")
+    ids = torch.cat([torch.tensor([transform.prompt[:-1]]), tokens - 1], dim=1)
+    theirs = whisper(input_features=mel.input_features, decoder_input_ids=ids).logits
+    expected = theirs[:, len(transform.prompt) - 1 :]
+    ours = model.decoder(tokens, memory, memory_lengths)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "options", "frames"),
+    [
+        ("whisper", WHISPER_ALONE, 100 + 2 * 50),
+        ("whisper", {**WHISPER_ALONE, "frame_rate": 25}, 50 + 2 * 25),
+        ("whisper", {**WHISPER_ALONE, "whisper_margin": 0.5}, 100 + 25),
+        ("whisper", {**WHISPER_ALONE, "whisper_pad_30s": True}, 1500),
+        ("whisper", {"audio_encoder": "whisper", "elayers": 1}, 100 + 2 * 50),
+        ("whisper", {"audio_encoder": "wavlm"}, 50),
+        ("llama", {"audio_encoder": "whisper"}, 50),
+        ("llama", {"audio_encoder": "whisper", "whisper_margin": 1.0}, 75),
+    ],
+)
+@pytest.mark.parametrize("modality", ["audio", "audiovisual"])
+@torch.no_grad()
+def test_what_whispers_decoder_attends_to_ends_with_silence(
+    make, decoder, options, frames, modality
+):
+    model = make(decoder, modality, **options).eval()
+    x, lengths = two_seconds()
+    x, lengths = ({s: of[s] for s in model.streams} for of in (x, lengths))
+    memory, memory_lengths = model.encode(x, lengths)
+    assert memory.size(1) == frames
+    assert memory_lengths.tolist() == [frames]
+
+
+@torch.no_grad()
+def test_silence_stands_after_each_utterance_of_a_batch(make, transforms):
+    model = make("whisper", **WHISPER_ALONE, modality_dropout=(0.3, 0.3)).eval()
+    torch.nn.init.normal_(model.missing_audio)
+    torch.nn.init.normal_(model.proj_encoder.weight, std=0.1)
+    x, lengths, _ = batch(transforms["whisper"])
+    memory, memory_lengths = model.encode(x, lengths)
+    assert memory_lengths.tolist() == [2 * frames + 100 for frames in FRAMES]
+    for row, frames in enumerate(FRAMES):
+        one = {"video": x["video"][[row], :frames], "audio": x["audio"][[row], : 640 * frames]}
+        alone, length = model.encode(one, {s: v[[row]] for s, v in lengths.items()})
+        torch.testing.assert_close(memory[[row], : int(length)], alone)
+    # Without its audio, an utterance is as long.
+    _, without = model.encode({"video": x["video"]}, {"video": lengths["video"]})
+    assert without.tolist() == memory_lengths.tolist()

@@ -226,7 +226,7 @@ def test_score_takes_blanks_of_hypotheses_that_are_over(checkpoint):
     torch.testing.assert_close(scores[1:], expected[1:])
 
 
-def search(decoder, beam_size, most_tokens, fewest_tokens=0):
+def search(decoder, beam_size, most_tokens, fewest_tokens=0, **options):
     find = BatchBeamSearch(
         beam_size,
         decoder.odim,
@@ -234,6 +234,7 @@ def search(decoder, beam_size, most_tokens, fewest_tokens=0):
         {"decoder": decoder},
         sos=decoder.sos,
         eos=EOS + 1,
+        **options,
     )
     _, memory, lengths = batch()
     return find(memory, lengths, maxlenratio=-most_tokens, minlenratio=-fewest_tokens)
@@ -302,6 +303,35 @@ def test_beam_search_finds_no_worse_than_generate(checkpoint, conditioning):
                 ours.pop()
             torch.testing.assert_close(score(row, ours), torch.tensor(hypotheses[0].score))
             assert hypotheses[0].score >= score(row, [decoder.sos, *theirs]) - 1e-4
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_beam_search_equals_generate(checkpoint, conditioning, normalize):
+    """Also where tokens are suppressed."""
+    suppressed = (1, 5, 6, 7)
+    decoder = make_decoder(checkpoint, conditioning, suppress=suppressed).eval()
+    if conditioning == "prefix":
+        open_gates(decoder)
+    options = {"end_when_beaten": True, "length_normalization": normalize}
+    for row, hypotheses in enumerate(search(decoder, BEAM, 8, **options)):
+        with torch.no_grad():
+            theirs = generate(
+                *(decoder, checkpoint, conditioning, row),
+                max_new_tokens=8,
+                num_beams=BEAM,
+                length_penalty=float(normalize),
+                suppress_tokens=list(suppressed),
+            )
+        assert hypotheses[0].yseq.tolist() == [decoder.sos, *ended(theirs, 8)]
+
+
+def test_a_search_never_chooses_what_is_suppressed(checkpoint):
+    decoder = make_decoder(checkpoint, "cross-attention", suppress=(BOS, 5, EOS)).eval()
+    _, memory, lengths = batch()
+    scores, _ = decoder.score(torch.full((3,), decoder.sos), decoder.init(memory, lengths, 1))
+    never = scores.isneginf().all(0).nonzero().flatten().tolist()
+    assert never == sorted({0, BOS + 1, 5 + 1})  # The end symbol is no text, but must be chosen.
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -48,16 +48,17 @@ def theirs(folder, wave, positions):
     return encoder(mel[..., : 2 * positions]).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("pad_30s", [False, True])
+@pytest.mark.parametrize(("margin", "silence"), [(0.0, 0), (0.5, 25), (30.0, 1500)])
 @torch.no_grad()
-def test_equals_transformers_alone_and_in_a_batch(folder, pad_30s):
-    encoder = WhisperEncoder(str(folder), pad_30s=pad_30s).eval()
+def test_equals_transformers_alone_and_in_a_batch(folder, margin, silence):
+    encoder = WhisperEncoder(str(folder), margin=margin).eval()
     x = waves(SAMPLES)
     together, lengths = encoder(x, torch.tensor(SAMPLES))
-    assert lengths.tolist() == [60, 1, 63, 1, 25]
-    assert together.shape == (5, 63, encoder.output_dim)
+    assert encoder.speech_lengths(torch.tensor(SAMPLES)).tolist() == [60, 1, 63, 1, 25]
+    assert lengths.tolist() == [min(n + silence, 1500) for n in (60, 1, 63, 1, 25)]
+    assert together.shape == (5, int(lengths.max()), encoder.output_dim)
     for row, (samples, length) in enumerate(zip(SAMPLES, lengths.tolist(), strict=True)):
-        expected = theirs(folder, x[row, :samples, 0], 1500 if pad_30s else length)[:length]
+        expected = theirs(folder, x[row, :samples, 0], length)
         alone, _ = encoder(x[row : row + 1, :samples], torch.tensor([samples]))
         torch.testing.assert_close(alone[0], expected)
         torch.testing.assert_close(together[row, :length], expected)
@@ -73,14 +74,25 @@ def test_equals_transformers_whatever_the_level(folder, gain):
 
 
 @torch.no_grad()
-def test_padding_to_30_seconds_matters(folder):
-    """Otherwise the tests could not tell whether it was done."""
+def test_silence_after_an_utterance_matters(folder):
+    """Otherwise the tests could not tell whether it was there."""
     x = waves([6400])
-    one, two = (
-        WhisperEncoder(str(folder), pad_30s=pad).eval()(x, torch.tensor([6400]))[0]
-        for pad in (False, True)
+    none, some, all_of_it = (
+        WhisperEncoder(str(folder), margin=margin).eval()(x, torch.tensor([6400]))[0][:, :20]
+        for margin in (0.0, 1.0, 30.0)
     )
-    assert (one - two).abs().max() > 0.1
+    assert (none - some).abs().max() > 0.1
+    assert (some - all_of_it).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_the_margin_ends_at_30_seconds(folder):
+    encoder = WhisperEncoder(str(folder), margin=2.0).eval()
+    samples = torch.tensor([480_000, 470_000])  # 30 s and 29.4 s
+    features, lengths = encoder(waves(samples.tolist()), samples)
+    assert encoder.speech_lengths(samples).tolist() == [1500, 1469]
+    assert lengths.tolist() == [1500, 1500]
+    assert features.shape[1] == 1500
 
 
 @torch.no_grad()
@@ -109,9 +121,9 @@ def test_loads_from_whatever_holds_the_encoder(folder, tmp_path, saved_as, dtype
     assert features.dtype == torch.float32
 
 
-@pytest.mark.parametrize("pad_30s", [False, True])
-def test_too_long_an_utterance_is_an_error(folder, pad_30s):
-    encoder = WhisperEncoder(str(folder), pad_30s=pad_30s)
+@pytest.mark.parametrize("margin", [0.0, 2.0, 30.0])
+def test_too_long_an_utterance_is_an_error(folder, margin):
+    encoder = WhisperEncoder(str(folder), margin=margin)
     samples = [16_000, 481_600]
     with pytest.raises(ValueError, match=r"lasts 30\.1 s, but .* at most 30 s: leave it out"):
         encoder(torch.zeros(2, max(samples), 1), torch.tensor(samples))
