@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Scores a checkpoint on a test list: hypotheses, word and character error rates."""
+"""Scores a checkpoint or a published Whisper on a test list: hypotheses and error rates."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -58,7 +58,8 @@ def run(args: Namespace, model_modality: str) -> None:
     data.setup("test")
     check_positions(args, data, text_transform)
     model = build_model(args, model_modality, text_transform)
-    load_model(model, args.pretrained_model_path)
+    if args.pretrained_model_path:
+        load_model(model, args.pretrained_model_path)
     summaries = evaluate(
         build_trainer(args, model, logger=False, enable_checkpointing=False),
         build_module(args, model, text_transform),
@@ -71,8 +72,8 @@ def run(args: Namespace, model_modality: str) -> None:
 
 
 def default_output_dir(args: Namespace) -> Path:
-    """A folder beside the checkpoint for each test list and modality."""
-    checkpoint = Path(args.pretrained_model_path)
+    """A folder for each test list and modality: beside the checkpoint, or here without one."""
+    checkpoint = Path(args.pretrained_model_path or Path(args.decoder_name).name)
     return checkpoint.with_name(f"{checkpoint.stem}_{Path(args.test_file).stem}_{args.modality}")
 
 

@@ -344,7 +344,7 @@ def score(
         for modality in ("audio", "video"):
             readers[modality] = build_data(args, modality, data.text_transform)
             readers[modality].setup("test")
-    summaries = evaluate(trainer, module, readers, conditions, output_dir)
+    summaries = evaluate(trainer, module, readers, conditions, output_dir, args.normalize)
     plot = output_dir / "wer_over_snr.png"
     if trainer.is_global_zero:
         plot_wer(summaries, snrs, plot)

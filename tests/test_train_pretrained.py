@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval as evaluation
 import train
+from datamodule.media import read_audio
+from datamodule.pretrained_text_transform import whisper_text_transform
 from espnet.utils.checkpoint import read_state_dict
 from espnet.utils.options import DEMO_OPTIONS, demo_options, train_parser
 from tests.test_train_and_eval import error_of
@@ -257,6 +260,68 @@ def test_a_pretrained_decoder_is_trained_and_scored(whisper_run, corpus, capsys,
     for line in map(json.loads, lines.splitlines()):
         assert line["reference"] == line["reference"].lower() != ""
         assert len(line["hypothesis"].split()) <= 5
+
+
+@pytest.fixture
+def published(tiny_checkpoints, corpus, tmp_path, monkeypatch):
+    """Command line of eval.py for a Whisper without a run, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--audio-encoder", "whisper", "--decoder", "whisper"]
+    words += ["--decoder-name", str(tiny_checkpoints / "whisper"), "--num-workers", "0"]
+    return [*words, "--root-dir", str(corpus), "--test-file", "test.csv", "--max-dec-tokens", "7"]
+
+
+@pytest.mark.parametrize("margin", ["30s", "1"])
+def test_a_published_whisper_is_scored_without_training(
+    published, tiny_checkpoints, corpus, margin
+):
+    """What it writes is what transformers' generate gives, if it hears 30 s.
+
+    A tiny random Whisper writes much the same whatever it hears, so scores are compared too.
+    """
+    evaluation.main([*published, "--whisper-margin", margin, "--length-normalization"])
+    folder = Path("whisper_test_audio")
+    lines = (folder / "hypotheses_audio_clean.jsonl").read_text().splitlines()
+    ours = {line["id"]: line for line in map(json.loads, lines)}
+    model = WhisperForConditionalGeneration.from_pretrained(tiny_checkpoints / "whisper").eval()
+    transform = whisper_text_transform(
+        str(tiny_checkpoints / "whisper"), language="en", task="transcribe", text_case="lower"
+    )
+    suppressed = {*model.generation_config.suppress_tokens, *transform.special_tokens}
+    for name, line in ours.items():
+        samples = read_audio(corpus / f"{name}.wav")
+        mel = WhisperFeatureExtractor()(samples.numpy(), sampling_rate=16000, return_tensors="pt")
+        found = model.generate(
+            mel.input_features,
+            decoder_input_ids=torch.tensor([transform.prompt]),
+            num_beams=5,
+            max_new_tokens=7,
+            suppress_tokens=sorted(suppressed - {transform.eos - 1}),
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+        tokens = [t + 1 for t in found.sequences[0].tolist() if t not in transform.prompt]
+        if margin == "30s":
+            assert line["hypothesis"] == transform.post_process(tokens)
+        same = line["score"] == pytest.approx(float(found.sequences_scores), abs=1e-3)
+        assert same == (margin == "30s")
+
+
+def test_only_a_published_whisper_needs_no_checkpoint(published, capsys):
+    error = error_of(capsys, evaluation, ["--decoder", "llama", *published[4:]])
+    assert "--pretrained-model-path must be given: only a published Whisper" in error
+    more = ["--elayers", "2", "--adim", "64", "--aheads", "4", "--ctc-weight", "0.3"]
+    error = error_of(capsys, evaluation, [*published, *more])
+    for flag in ("--elayers 2", "--adim 64", "--ctc-weight 0.3"):
+        assert f"{flag} without --pretrained-model-path would score random weights" in error
+
+
+def test_train_normalizes_what_it_scores(with_decoder):
+    more = ["--test-file", "test.csv", "--max-dec-tokens", "3", "--normalize", "whisper"]
+    train.main(with_decoder("normalized", "whisper", *more))
+    run = Path(with_decoder("x", "whisper")[1]) / "normalized"
+    (summary,) = json.loads((run / "test/summary.json").read_text())
+    assert summary["normalize"] == "whisper"
 
 
 def test_a_model_without_ctc_is_trained_and_takes_no_ctc_in_search(with_decoder, corpus, capsys):

@@ -76,7 +76,9 @@ def evaluation_problems(args: Namespace, model_modality: str | None) -> list[str
     """
     path = args.pretrained_model_path
     problems = []
-    if not Path(path).is_file():
+    if path is None:
+        problems += _untrained_problems(args)
+    elif not Path(path).is_file():
         problems.append(f"--pretrained-model-path {path} does not exist")
     elif not model_modality:
         problems.append(
@@ -94,6 +96,26 @@ def evaluation_problems(args: Namespace, model_modality: str | None) -> list[str
         problems.append("--root-dir must be given")
     problems += _data_problems(args, {"--test-file": args.test_file})
     return problems + _model_problems(args, model_modality)
+
+
+def _untrained_problems(args: Namespace) -> list[str]:
+    """What stands in the way of scoring a model that has not been trained: a published Whisper."""
+    if not (args.modality == "audio" and args.audio_encoder == args.decoder == "whisper"):
+        return [
+            "--pretrained-model-path must be given: only a published Whisper, --audio-encoder "
+            "whisper --decoder whisper, is scored without training"
+        ]
+    given = {
+        "--elayers": args.elayers,
+        "--adim": args.adim,
+        "--ctc-weight": args.ctc_weight,
+        "--encoder-layer": None if args.encoder_layer == -1 else args.encoder_layer,
+    }
+    return [
+        f"{flag} {value} without --pretrained-model-path would score random weights: leave it out"
+        for flag, value in given.items()
+        if value
+    ]
 
 
 def _data_problems(args: Namespace, lists: dict[str, str | None]) -> list[str]:

@@ -295,6 +295,13 @@ def add_decoding_options(parser: ArgumentParser) -> None:
         metavar="DB",
         help=f"signal-to-noise ratios to score at; {CLEAN_SNR:.0f} is clean (the default)",
     )
+    group.add_argument(
+        "--normalize",
+        choices=NORMALIZERS,
+        default="none",
+        help="what references and hypotheses go through before errors are counted: Whisper's "
+        "normalisers for all languages (basic) or for English (whisper) (%(default)s)",
+    )
 
 
 def train_parser() -> ArgumentParser:
@@ -318,18 +325,12 @@ def eval_parser() -> ArgumentParser:
     group = parser.add_argument_group("checkpoint and results")
     group.add_argument(
         "--pretrained-model-path",
-        required=True,
-        help="checkpoint; the config.yaml beside it gives the model's options",
+        help="checkpoint; the config.yaml beside it gives the model's options (a published "
+        "Whisper, --audio-encoder whisper --decoder whisper, is scored without)",
     )
     group.add_argument(
-        "--output-dir", help="folder of hypotheses and summary (default: beside the checkpoint)"
-    )
-    group.add_argument(
-        "--normalize",
-        choices=NORMALIZERS,
-        default="none",
-        help="what references and hypotheses go through before errors are counted: Whisper's "
-        "normalisers for all languages (basic) or for English (whisper) (%(default)s)",
+        "--output-dir",
+        help="folder of hypotheses and summary (default: beside the checkpoint, if there is one)",
     )
     add_data_options(parser, training=False)
     add_encoder_options(parser)

@@ -48,14 +48,18 @@ def parse_eval_args(
     names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
     given = parser.parse_args(argv)
     try:
-        config = load_config(given.pretrained_model_path)
+        config = load_config(given.pretrained_model_path) if given.pretrained_model_path else {}
     except ValueError as error:
         parser.error(str(error))
     run = {name: value for name, value in config.items() if name in names and value is not None}
-    for name in PATHS:  # Those of an exported model are relative to its folder.
-        beside = Path(given.pretrained_model_path).parent / str(run.get(name))
-        if name in run and beside.exists():
+    for name in run.keys() & set(PATHS):  # Those of an exported model are relative to its folder.
+        beside = Path(given.pretrained_model_path).parent / run[name]
+        if beside.exists():
             run[name] = str(beside.resolve())
+    if config and "whisper_margin" not in config and not config.get("whisper_pad_30s"):
+        run["whisper_margin"] = 0.0  # The run is older than the option.
+    if given.whisper_pad_30s or given.whisper_margin is not None:
+        run = {name: run[name] for name in run.keys() - {"whisper_pad_30s", "whisper_margin"}}
     if given.sp_model_path:  # The run's units belong to its own model.
         run.pop("dict_path", None)
     for name in ("sp_model_path", "dict_path", "noise_file"):  # The run may come from elsewhere.

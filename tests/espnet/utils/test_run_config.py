@@ -40,3 +40,22 @@ def test_vocabulary_is_found_or_asked_for(tmp_path, capsys):
     (tmp_path / "spm" / "unigram_units.txt").touch()
     find_vocabulary(args, parser)
     assert args.dict_path == str(tmp_path / "spm" / "unigram_units.txt")
+
+
+@pytest.mark.parametrize(
+    ("run", "given", "expected"),
+    [
+        ({"whisper_margin": 2.0}, [], (2.0, False)),
+        ({"whisper_margin": 2.0}, ["--whisper-margin", "5"], (5.0, False)),
+        ({"whisper_margin": 2.0, "whisper_pad_30s": False}, ["--whisper-pad-30s"], (None, True)),
+        ({"whisper_margin": 30.0, "whisper_pad_30s": True}, ["--whisper-margin", "1"], (1, False)),
+        ({"whisper_pad_30s": False}, [], (0.0, False)),  # Older runs had no silence.
+        ({}, [], (0.0, False)),
+        ({"whisper_pad_30s": True}, [], (None, True)),
+    ],
+)
+def test_silence_after_utterances_is_the_runs_unless_told_otherwise(tmp_path, run, given, expected):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"modality": "audio", **run}))
+    argv = ["--pretrained-model-path", str(tmp_path / "model.pth"), *given]
+    options, _ = parse_eval_args(eval_parser(), argv)
+    assert (options.whisper_margin, options.whisper_pad_30s) == expected
