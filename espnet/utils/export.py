@@ -15,14 +15,19 @@ from espnet.utils.options import OneLineParser, eval_parser, one_line
 from espnet.utils.run_config import find_vocabulary, load_config, parse_eval_args, save_config
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 
 FOLDERS = {
     "video_frontend.backbone": "vision_encoder",
     "audio_frontend.backbone": "audio_encoder",
     "decoder.backbone": "decoder",
 }
-SMALL_FILES = ("*.json", "*.txt", "*.model")  # tokenizers, image processors
+WHISPER = {"audio_frontend.backbone", "decoder.backbone"}  # both of one checkpoint, perhaps
+WHISPER_FOLDER = "whisper"
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # tokenizers, image processors
 # What an exported model need not know of its training.
 FORGOTTEN = {
     "use_qlora": False,
@@ -53,7 +58,8 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     Args:
         run: Folder of the run, whose averaged weights are taken, or a checkpoint in it.
         out: Folder to write: `config.yaml`, `model.pth`, the SentencePiece model if there is one,
-            and a folder that transformers can load for each pretrained part.
+            and a folder that transformers can load for each pretrained part; one for both where
+            encoder and decoder are of one Whisper.
         parser: Ends with an error for options that contradict each other.
 
     Returns:
@@ -74,7 +80,6 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     complete_model(args, modality)
     find_vocabulary(args, parser)
 
-    from espnet.nets.pytorch_backend.pretrained import bases
     from espnet.nets.pytorch_backend.qlora_utils import merge_lora
     from espnet.utils.building import build_model, build_text_transform
     from espnet.utils.checkpoint import load_model, load_weights, trained_content
@@ -90,11 +95,10 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     options = {**load_config(str(checkpoint)), **FORGOTTEN}
     options = {name: value for name, value in options.items() if name not in PLACES}
     versions = options.pop("versions", {})
+    folders = export_bases(model, out)
     own = model.state_dict()
-    for part in bases(model):
-        folder = FOLDERS[part]
-        export_base(model.get_submodule(part), out / folder)
-        options[f"{folder}_name"] = folder
+    for part, folder in folders.items():
+        options[f"{FOLDERS[part]}_name"] = folder
         own = {name: value for name, value in own.items() if not name.startswith(f"{part}.")}
     for name in ("sp_model_path", "dict_path"):
         if path := getattr(args, name):
@@ -125,16 +129,87 @@ def find_checkpoint(run: Path) -> Path:
     return averages[-1]
 
 
-def export_base(backbone: "nn.Module", folder: Path) -> None:
-    """Writes a pretrained part as transformers would: whole, with the weights that it has now.
+def export_bases(model: "E2E", out: Path) -> dict[str, str]:
+    """Writes each pretrained part as transformers would: whole, with the weights that it has now.
 
     Args:
-        backbone: The part, merged; layers that are not used may have been cut off.
+        model: Merged; layers that are not used may have been cut off.
+        out: Folder to write to.
+
+    Returns:
+        The folder in `out` of each part, by its name in the model.
+    """
+    from transformers import WhisperForConditionalGeneration
+
+    from espnet.nets.pytorch_backend.pretrained import bases
+
+    parts = bases(model)
+    names = {parts[part].name for part in WHISPER if part in parts}
+    is_whisper = parts.keys() >= WHISPER and len(names) == 1
+    folders = {
+        part: WHISPER_FOLDER if is_whisper and part in WHISPER else FOLDERS[part] for part in parts
+    }
+    if is_whisper:
+        fold_projection(model)
+        (name,) = names
+        whole = WhisperForConditionalGeneration.from_pretrained(name, dtype="float32")
+        weights = model.decoder.backbone.state_dict()
+        for key, value in model.audio_frontend.backbone.state_dict().items():
+            weights[f"model.encoder.{key}"] = value
+        write_folder(whole, weights, name, out / WHISPER_FOLDER)
+    for part, folder in folders.items():
+        if folder != WHISPER_FOLDER:
+            backbone = model.get_submodule(part)
+            weights = backbone.state_dict()
+            write_folder(backbone.load_plain(), weights, backbone.base.name, out / folder)
+    return folders
+
+
+def fold_projection(model: "E2E") -> None:
+    """Makes the projection between Whisper's encoder and decoder the identity, where it can be.
+
+    With a projection P, b of the memory, keys K (P x + b) are (K P) x and something that is the
+    same for every frame, which attention does not see; values V (P x + b) + v are (V P) x and a
+    bias V b + v.
+
+    Args:
+        model: Its decoder's layers are changed if nothing else sees the memory.
+    """
+    import torch
+    from torch import nn
+
+    projection = model.proj_encoder
+    between = [model.encoder, model.ctc]  # They would see another memory.
+    is_identity = isinstance(model.decoder.memory_projection, nn.Identity)
+    square = projection.in_features == projection.out_features
+    if any(part is not None for part in between) or not is_identity or not square:
+        return
+    with torch.no_grad():
+        for layer in model.decoder.backbone.model.decoder.layers:
+            attention = layer.encoder_attn
+            attention.k_proj.weight.copy_(attention.k_proj.weight @ projection.weight)
+            attention.v_proj.bias += attention.v_proj.weight @ projection.bias
+            attention.v_proj.weight.copy_(attention.v_proj.weight @ projection.weight)
+        nn.init.eye_(projection.weight)
+        nn.init.zeros_(projection.bias)
+
+
+def write_folder(
+    whole: "PreTrainedModel", weights: dict[str, "Tensor"], name: str, folder: Path
+) -> None:
+    """Writes a checkpoint with some of its weights changed.
+
+    Args:
+        whole: The checkpoint's model, in full precision.
+        weights: Those that take the place of its own.
+        name: Hub id or folder of the checkpoint, for its small files.
         folder: To write to.
+
+    Raises:
+        ValueError: If the checkpoint has no weight of a name.
     """
     from huggingface_hub import snapshot_download
 
-    name = backbone.base.name
     source = Path(name)
     if not source.is_dir():
         source = Path(snapshot_download(name, allow_patterns=list(SMALL_FILES)))
@@ -143,8 +218,7 @@ def export_base(backbone: "nn.Module", folder: Path) -> None:
         for path in source.glob(pattern):
             if not path.name.endswith(".index.json"):
                 shutil.copy(path, folder)
-    whole = backbone.load_plain()
-    unknown = whole.load_state_dict(backbone.state_dict(), strict=False).unexpected_keys
+    unknown = whole.load_state_dict(weights, strict=False).unexpected_keys
     if unknown:
         raise ValueError(f"{name} has no weights {', '.join(unknown)}: they cannot be exported")
     whole.save_pretrained(folder, save_original_format=False)  # Its way back needs plain names.

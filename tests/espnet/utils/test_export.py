@@ -14,7 +14,9 @@ from transformers import (
     LlamaForCausalLM,
     ViTModel,
     WavLMModel,
+    WhisperFeatureExtractor,
     WhisperForCausalLM,
+    WhisperForConditionalGeneration,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -54,7 +56,19 @@ RUNS = {
         {"audio_encoder": WhisperEncoder, "decoder": WhisperForCausalLM},
         ["--use-lora", "--lora-targets", "*", "--lr-pretrained", "1e-1", "--warmup-epochs", "0"],
     ),
+    "whisper_alone": (
+        {"audio_encoder": "whisper", "decoder": "whisper"},
+        {"audio_encoder": WhisperEncoder, "decoder": WhisperForCausalLM},
+        ["--use-lora", "--elayers", "0", "--lr-pretrained", "3e-2", "--warmup-epochs", "0"],
+    ),
 }
+
+
+def folder_of(name, part):
+    """Folder in which an exported run keeps a part."""
+    parts, *_ = RUNS[name]
+    one = part != "vision_encoder" and parts.get("decoder") == parts["audio_encoder"] == "whisper"
+    return "whisper" if one else part
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +89,7 @@ def exported(train_arguments, tiny_checkpoints, tmp_path_factory):
                 flag = f"--{part.replace('_', '-')}"
                 if not (root / kind).exists():
                     shutil.copytree(tiny_checkpoints / kind, root / kind)
+                    (root / kind / "chat_template.jinja").write_text("{{ messages }}")
                 words += [flag, kind, f"{flag}-name", str(root / kind)]
             words += ["--test-file", "test.csv", "--max-epochs", "1"]
             train.main([*words, *WIDE, *more])
@@ -135,11 +150,15 @@ def test_the_exported_model_is_the_adapted_one_without_adapters(exported, name):
     assert not any(".lora_" in entry or "base_layer" in entry for entry in state)
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
     # Merged, sums are taken in another order, through a few layers.
-    torch.testing.assert_close(run_model(model, inputs), adapted, rtol=1e-3, atol=1e-3)
+    found = run_model(model, inputs)
+    if name == "whisper_alone":  # The projection of its memory has gone into the decoder.
+        found, adapted = found[1:], adapted[1:]
+    torch.testing.assert_close(found, adapted, rtol=1e-3, atol=1e-3)
     saved = read_state_dict(out / "model.pth")
     assert not any(".backbone." in entry for entry in saved)
     bases = torch.load(out / "model.pth", weights_only=True)["bases"]
-    assert {base["name"] for base in bases.values()} == {str(out / part) for part in parts}
+    folders = {str(out / folder_of(name, part)) for part in parts}
+    assert {base["name"] for base in bases.values()} == folders
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -164,15 +183,50 @@ def test_folders_load_with_transformers(exported, name):
     modules = {"vision_encoder": "video_frontend", "audio_encoder": "audio_frontend"}
     for part, kind in classes.items():
         options = {"add_pooling_layer": False} if kind is ViTModel else {}  # It is not in use.
-        theirs, report = kind.from_pretrained(out / part, output_loading_info=True, **options)
+        folder, prefix = out / folder_of(name, part), ""
+        if folder.name == "whisper":  # a whole one
+            prefix = "model.encoder." if kind is WhisperEncoder else ""
+            kind = WhisperForConditionalGeneration
+        theirs, report = kind.from_pretrained(folder, output_loading_info=True, **options)
         assert not report["missing_keys"]
         assert not report["unexpected_keys"]
         ours = model.get_submodule(f"{modules.get(part, part)}.backbone").state_dict()
         values = theirs.state_dict()
         for entry, value in ours.items():
-            torch.testing.assert_close(value, values[entry], rtol=0, atol=0)
+            torch.testing.assert_close(value, values[prefix + entry], rtol=0, atol=0)
     if parts.get("decoder"):
-        assert len(AutoTokenizer.from_pretrained(out / "decoder")) > 300
+        folder = out / folder_of(name, "decoder")
+        assert len(AutoTokenizer.from_pretrained(folder)) > 300
+        assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+@torch.no_grad()
+def test_a_finetuned_whisper_is_exported_as_one_whisper(exported):
+    """With the projection between encoder and decoder, which training has changed, folded in."""
+    run, out, *_ = exported("whisper_alone")
+    theirs, report = WhisperForConditionalGeneration.from_pretrained(
+        out / "whisper", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert {path.name for path in out.iterdir() if "test" not in path.name} == {
+        *("config.yaml", "model.pth", "unigram.model", "unigram_units.txt", "whisper")
+    }
+    extractor = WhisperFeatureExtractor()
+    wave = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(2))
+    mel = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
+    trained = read_state_dict(run / "model_avg_10.pth")["proj_encoder.weight"]
+    assert (trained - torch.eye(64)).abs().max() > 1e-3
+    words = ["--pretrained-model-path", str(out / "model.pth"), "--root-dir", str(out)]
+    args, modality = parse_eval_args(eval_parser(), [*words, "--whisper-margin", "30s"])
+    transform = build_text_transform(args)
+    model = build_model(args, modality, transform).eval()
+    load_model(model, out / "model.pth")
+    tokens = torch.tensor([[model.sos, 9, 40, 7]])
+    memory = model.encode(wave[None, :, None], torch.tensor([16_000]))
+    ids = torch.cat([torch.tensor([transform.prompt[:-1]]), tokens - 1], dim=1)
+    expected = theirs(mel, decoder_input_ids=ids).logits[:, len(transform.prompt) - 1 :]
+    torch.testing.assert_close(model.decoder(tokens, *memory), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_that_are_not_used_are_exported_as_they_were(exported, tiny_checkpoints):
