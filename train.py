@@ -14,10 +14,10 @@ from espnet.utils.model_options import complete_model
 from espnet.utils.option_checks import training_problems
 from espnet.utils.options import (
     DEFAULT_LIST,
-    demo_options,
     one_line,
     train_parser,
 )
+from espnet.utils.recipes import demo_options, recipe_options
 from espnet.utils.run_config import find_vocabulary, save_config
 from espnet.utils.stopwatch import Stopwatch
 
@@ -41,8 +41,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser
     """
     parser = train_parser()
     args = parser.parse_args(argv)
+    if args.recipe:
+        parser.set_defaults(**recipe_options(args))
+        args = parser.parse_args(argv)
     if args.demo:
-        parser.set_defaults(**demo_options(args))
+        parser.set_defaults(**{**demo_options(args), **recipe_options(args)})
         args = parser.parse_args(argv)
         make_corpus(args, parser)
     args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)

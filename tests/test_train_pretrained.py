@@ -17,7 +17,8 @@ import train
 from datamodule.media import read_audio
 from datamodule.pretrained_text_transform import whisper_text_transform
 from espnet.utils.checkpoint import read_state_dict
-from espnet.utils.options import DEMO_OPTIONS, demo_options, train_parser
+from espnet.utils.options import train_parser
+from espnet.utils.recipes import DEMO_OPTIONS, RECIPES, demo_options
 from tests.test_train_and_eval import error_of
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,23 @@ def test_the_demo_takes_other_encoders(tiny_checkpoints, corpus):
     args = train_parser().parse_args([*words, "--audio-encoder", "wavlm"])
     assert "modality_dropout" in demo_options(args)
     assert demo_options(train_parser().parse_args(["--demo"])) == DEMO_OPTIONS
+
+
+def test_a_recipe_gives_defaults_that_flags_override(corpus, tiny_checkpoints, monkeypatch):
+    monkeypatch.setattr(train, "make_corpus", lambda args, parser: None)  # noqa: ARG005
+    words = ["--recipe", "whisper", "--decoder-name", str(tiny_checkpoints / "whisper")]
+    words += ["--root-dir", str(corpus), "--lr", "1e-4"]
+    for demo, train_file, clip in ((True, "train_240.csv", 48), (False, "train.csv", 88)):
+        more = ["--demo"] if demo else ["--exp-name", "x", "--train-file", train_file]
+        more += ["--val-file", "val.csv"]
+        args, _ = train.parse_args([*words, *more])
+        assert (args.modality, args.audio_encoder, args.decoder) == ("audio", "whisper", "whisper")
+        assert args.audio_encoder_name == args.decoder_name
+        assert (args.elayers, args.ctc_weight, args.frame_rate) == (0, 0.0, 50)
+        assert (args.train_file, args.crop_size) == (train_file, clip)
+        assert args.lr == 1e-4
+        assert args.lr_pretrained == RECIPES["whisper"].options["lr_pretrained"]
+        assert tuple(args.qlora_parts) == ("audio",)
 
 
 @pytest.fixture(scope="module")

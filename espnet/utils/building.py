@@ -17,7 +17,7 @@ from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import AUDIO_ENCODERS, STREAMS, EncoderChoice
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.utils.model_options import model_options
-from espnet.utils.options import CLEAN_SNR
+from espnet.utils.recipes import CLEAN_SNR
 from lightning import ModelModule
 
 AnyTextTransform = TextTransform | PretrainedTextTransform

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.media import VIDEO_RATE
-from espnet.utils.options import CLEAN_SNR
+from espnet.utils.recipes import CLEAN_SNR
 from espnet.utils.text_normalization import normalizer
 
 

@@ -3,11 +3,10 @@
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from typing import Any, NoReturn
+from argparse import ArgumentParser, BooleanOptionalAction
+from typing import NoReturn
 
 from espnet.nets.decoders import DECODERS
-from espnet.nets.encoders import resolve_encoders
 from espnet.utils.model_options import (
     add_adaptation_options,
     add_decoder_options,
@@ -23,40 +22,9 @@ from espnet.utils.option_types import (
     positive,
     probability,
 )
+from espnet.utils.recipes import CLEAN_SNR, RECIPES
 from espnet.utils.text_normalization import NORMALIZERS
 
-CLEAN_SNR = 999999.0  # dB; auto_avsr's way to say "no noise"
-DEMO_OPTIONS = {
-    "exp_name": "demo",
-    "root_dir": "demo_corpus",
-    "train_file": "train.csv",
-    "val_file": "val.csv",
-    "test_file": "test.csv",
-    "modality": "audiovisual",
-    "modality_dropout": (0.4, 0.2),
-    "audio_encoder": "fbank",
-    "crop_size": 48,
-    "video_width": 8,
-    "audio_width": 16,
-    "adim": 128,
-    "aheads": 4,
-    "eunits": 256,
-    "elayers": 3,
-    "dunits": 256,
-    "dlayers": 1,
-    "ctc_weight": 0.5,
-    "lr": 2e-3,
-    "max_frames": 360,
-    "dropout_rate": 0.05,
-    "max_epochs": 12,
-    "average_epochs": 3,
-    "warmup_epochs": 1,
-    "num_workers": 1,
-    "gpus": 1,
-    "beam_size": 10,
-    "ctc_decode_weight": 0.7,
-    "decode_snr_target": [CLEAN_SNR, 10.0, 5.0, 0.0, -5.0],
-}
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
 OPTIMIZERS = ("adamw", "adamw8bit")
 
@@ -80,6 +48,11 @@ def add_run_options(parser: ArgumentParser) -> None:
         "--demo",
         action="store_true",
         help="make the demo corpus and train, average and score a small audio-visual model on it",
+    )
+    group.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        help="options that were measured together, as defaults; with --demo, on the demo corpus",
     )
     group.add_argument("--exp-dir", default="./exp", help="folder of all runs (%(default)s)")
     group.add_argument("--exp-name", help="name of the run; its files are in EXP_DIR/EXP_NAME")
@@ -340,30 +313,6 @@ def eval_parser() -> ArgumentParser:
     add_decoding_options(parser)
     add_hardware_options(parser)
     return parser
-
-
-def demo_options(given: Namespace) -> dict[str, Any]:
-    """Defaults of the demo; encoders or a modality that were given take the place of its own.
-
-    Args:
-        given: Options of the command line.
-
-    Returns:
-        Values by name of the option.
-    """
-    options = dict(DEMO_OPTIONS)
-    modality, *_ = resolve_encoders(given.modality, given.vision_encoder, given.audio_encoder)
-    if modality:
-        del options["modality"], options["audio_encoder"]
-        if modality != "audiovisual":
-            del options["modality_dropout"]
-    if given.audio_encoder == given.decoder == "whisper":  # Its sizes are the checkpoint's.
-        for name in ("adim", "aheads", "eunits", "elayers", "dunits", "dlayers"):
-            del options[name]
-    share = DECODERS[given.decoder].ctc_weight if given.ctc_weight is None else given.ctc_weight
-    if not share:  # Without a CTC layer, the search can give it no share either.
-        del options["ctc_weight"], options["ctc_decode_weight"]
-    return options
 
 
 def one_line(error: Exception) -> str:

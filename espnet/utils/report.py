@@ -6,7 +6,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from espnet.utils.callbacks import read_metrics
-from espnet.utils.options import CLEAN_SNR
+from espnet.utils.recipes import CLEAN_SNR
 
 mpl.use("Agg")
 
