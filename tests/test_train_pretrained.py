@@ -193,6 +193,17 @@ def test_contradictions_are_named_at_once_and_before_torch_is_imported(corpus, t
         assert part in done.stderr
 
 
+def test_heads_matter_only_where_something_attends_with_them(corpus, tiny_checkpoints, capsys):
+    words = ["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"]
+    words += ["--val-file", "val.csv", "--audio-encoder", "whisper", "--adim", "512"]
+    words += ["--audio-encoder-name", str(tiny_checkpoints / "whisper")]
+    args, _ = train.parse_args([*words, "--decoder", "whisper"])
+    assert (args.adim, args.aheads, args.elayers) == (512, 12, 0)
+    for more in (["--decoder", "whisper", "--elayers", "1"], ["--elayers", "0"], []):
+        error = error_of(capsys, train, [*words, *more])
+        assert "--adim 512 must be even and a multiple of --aheads 12" in error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

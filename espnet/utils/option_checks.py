@@ -156,30 +156,20 @@ def _adaptation_source_problems(args: Namespace) -> list[str]:
     ]
 
 
-def _width_problems(adim: int | None, aheads: int) -> list[str]:
-    """What is wrong with a width; None: it follows from a checkpoint, and is checked with it."""
-    if adim is None or not (adim % aheads or adim % 2):
-        return []
-    return [f"--adim {adim} must be even and a multiple of --aheads {aheads}"]
-
-
 def _model_problems(args: Namespace, modality: str | None) -> list[str]:
     problems = []
     choice = DECODERS[args.decoder]
+    of_encoders, of_decoder = encoder_options(args), decoder_options(args)
+    elayers = args.elayers
+    if elayers is None:
+        elayers = default_elayers(of_encoders, of_decoder)
     if modality:
-        of_encoders, of_decoder = encoder_options(args), decoder_options(args)
         problems += encoder_problems(modality, of_encoders)
         problems += decoder_problems(modality, of_decoder)
     if modality and not problems:
         of_encoders, of_decoder = resolve_parts(modality, of_encoders, of_decoder)
         adaptation = adaptation_options(args)
-        elayers = args.elayers
-        if elayers is None:
-            elayers = default_elayers(of_encoders, of_decoder)
         problems += adaptation_problems(adaptation, of_encoders, of_decoder, elayers)
-        if elayers or not choice.pretrained:  # something attends with so many heads
-            width = args.adim or default_adim(of_encoders, elayers)
-            problems += _width_problems(width, args.aheads)
     ctc_weight = choice.ctc_weight if args.ctc_weight is None else args.ctc_weight
     if args.ctc_decode_weight and not ctc_weight:
         problems.append(
@@ -197,6 +187,10 @@ def _model_problems(args: Namespace, modality: str | None) -> list[str]:
         problems.append(f"--whisper-task {args.whisper_task} needs --decoder whisper")
     if args.text_case == "lower" and not choice.pretrained:
         problems.append("--text-case lower needs --decoder llama or whisper")
+    adim = args.adim or default_adim(of_encoders, elayers)
+    attends = elayers or not choice.pretrained  # with so many heads
+    if attends and adim is not None and (adim % args.aheads or adim % 2):
+        problems.append(f"--adim {adim} must be even and a multiple of --aheads {args.aheads}")
     if args.cnn_module_kernel % 2 == 0:
         problems.append(f"--cnn-module-kernel {args.cnn_module_kernel} must be odd")
     if sum(args.modality_dropout) > 1:
