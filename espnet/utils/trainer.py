@@ -23,7 +23,6 @@ from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
 
 PACKAGES = (
     "torch",
-    "torchaudio",
     "pytorch-lightning",
     "transformers",
     "peft",

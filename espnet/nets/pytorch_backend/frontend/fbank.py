@@ -3,13 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
-from espnet.nets.pytorch_backend.frontend.waveform import (
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    split_into_frames,
-)
+from espnet.nets.pytorch_backend.frontend.mel import mel_filters
+from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME, split_into_frames
 from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
 WINDOW, HOP, FFT_SIZE = 400, 160, 512  # samples: 25 ms, 10 ms
@@ -36,9 +32,7 @@ class FilterBank(nn.Module):
         super().__init__()
         self.output_dim = 8 * width
         self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
-        filters = melscale_fbanks(
-            FFT_SIZE // 2 + 1, LOWEST_HZ, HIGHEST_HZ, MELS, SAMPLE_RATE, mel_scale="htk"
-        )
+        filters = mel_filters(FFT_SIZE, MELS, LOWEST_HZ, HIGHEST_HZ)
         self.register_buffer("filters", filters, persistent=False)  # (FFT_SIZE / 2 + 1, MELS)
         self.norm = nn.BatchNorm1d(MELS)
         self.conv1 = nn.Conv1d(MELS, self.output_dim, 5, stride=2, padding=2, bias=False)

@@ -3,8 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
+from espnet.nets.pytorch_backend.frontend.mel import mel_filters
 from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 
 FFT_SIZE = 400  # samples, 25 ms, which is the window too
@@ -26,9 +26,7 @@ class WhisperLogMel(nn.Module):
     def __init__(self, mels: int = 80) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(FFT_SIZE), persistent=False)
-        filters = melscale_fbanks(
-            FFT_SIZE // 2 + 1, 0.0, SAMPLE_RATE / 2, mels, SAMPLE_RATE, "slaney", "slaney"
-        )
+        filters = mel_filters(FFT_SIZE, mels, 0.0, SAMPLE_RATE / 2, scale="slaney", normalised=True)
         self.register_buffer("filters", filters, persistent=False)  # (FFT_SIZE / 2 + 1, mels)
 
     def forward(self, waves: Tensor, frames: int) -> Tensor:

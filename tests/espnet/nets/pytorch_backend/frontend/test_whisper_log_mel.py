@@ -21,8 +21,7 @@ def theirs(wave, mels=80):
 
 
 def assert_same(features, expected):
-    """Filters are computed in float32 here and in float64 there: some differ by 0.3 %."""
-    torch.testing.assert_close(features, expected, atol=5e-5, rtol=0)
+    torch.testing.assert_close(features, expected, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("samples", SAMPLES)
