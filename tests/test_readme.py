@@ -32,15 +32,22 @@ def command(start):
 
 
 def test_every_command_is_known():
-    starts = ("pip install", "python train.py", "python eval.py", "python -m", "pytest")
+    starts = ("pip ", "bash .ci/", "python train.py", "python eval.py", "python -m", "pytest")
     assert all(text.startswith(starts) for text in COMMANDS)
     assert len(COMMANDS) >= 20
 
 
-def test_requirements_exist():
+def test_files_of_commands_that_install_exist():
     for text in COMMANDS:
-        if text.startswith("pip install"):
-            assert all((ROOT / name).is_file() for name in text.split()[3::2])
+        names = re.findall(r"(?:-[cr]|^bash) (\S+)", text)
+        assert bool(names) == text.startswith(("pip install", "bash"))
+        assert all((ROOT / name).is_file() for name in names)
+
+
+def test_first_commands_install_what_is_pinned():
+    installs = [text for text in COMMANDS if text.startswith("pip install")]
+    assert ["-c constraints.txt" in text for text in installs] == [True, True, False]
+    assert "-c constraints.txt" in (ROOT / ".ci/run").read_text()
 
 
 def test_options_table_is_complete():
