@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     conditions = [(snr, beam) for snr in SNRS for beam in BEAMS]
     titles = [f"{'clean' if s >= CLEAN_SNR else f'{s:g} dB'}, beam {b}" for s, b in conditions]
-    print(f"| WER [%] of {sum(len(text.split()) for text in references)} words |", end="")
-    print(*titles, "texts of `generate`", "time", sep=" | ", end=" |\n")
-    print("| --- |" + " ---: |" * (len(titles) + 2))
+    words = sum(len(text.split()) for text in references)
+    _print_row([f"WER [%] of {words} words", *titles, "texts of `generate`", "time"])
+    _print_row(["---", *["---:"] * (len(titles) + 2)])
     theirs, seconds_30s = {}, None
     for label, transcribe in systems.items():
         rates, same, start = [], 0, time.perf_counter()
@@ -144,16 +144,12 @@ def main(argv: list[str] | None = None) -> None:
         if label == "30 s":
             seconds_30s = seconds
         ratio = f"{seconds / seconds_30s:.2f}" if seconds_30s else ""
-        cells = [f"{rate:.1f}" for rate in rates]
-        print(
-            f"| {label} |",
-            *cells,
-            f"{same} of {len(clips) * len(conditions)}",
-            ratio,
-            "",
-            sep=" | ",
-            flush=True,
-        )
+        texts_alike = f"{same} of {len(clips) * len(conditions)}"
+        _print_row([label, *(f"{rate:.1f}" for rate in rates), texts_alike, ratio])
+
+
+def _print_row(cells: list[str]) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 def _parse(argv: list[str] | None) -> Namespace:
