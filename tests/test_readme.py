@@ -162,6 +162,20 @@ def test_commands_with_published_checkpoints_parse(start):
     assert {args.vision_encoder, args.audio_encoder} == {"clip", "whisper"}
 
 
+def test_commands_of_published_whispers(in_folder, tiny_checkpoints, monkeypatch):
+    """As README has them, with a tiny Whisper in its place."""
+    tiny = str(tiny_checkpoints / "whisper")
+    words = command("python eval.py --audio-encoder whisper")[2:]
+    words[words.index("--decoder-name") + 1] = tiny
+    evaluation.main([*words, "--max-dec-tokens", "3", "--beam-size", "2", "--num-workers", "0"])
+    assert (in_folder / "whisper_test_audio/summary.json").is_file()
+    monkeypatch.setattr(train, "make_corpus", lambda args, parser: None)  # noqa: ARG005
+    (in_folder / "demo_corpus").symlink_to(in_folder / "DATA")
+    words = command("python train.py --demo --recipe")[2:]
+    words[words.index("--decoder-name") + 1] = tiny
+    train.main([*words, "--fast-dev-run", "--num-workers", "0"])
+
+
 def test_tiny_checkpoints_command(in_folder, capsys):
     words = command("python -m espnet.utils.tiny_checkpoints")
     tiny_checkpoints_module.main(words[3:])
