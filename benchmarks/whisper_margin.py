@@ -74,9 +74,22 @@ def generator_of(name: str) -> Callable[[Tensor, int], str]:
 
 
 def searcher_of(
-    name: str, vocabulary: PretrainedTextTransform, margin: float, *, normalize: bool
+    name: str,
+    vocabulary: PretrainedTextTransform,
+    margin: float | None,
+    *,
+    normalize: bool = False,
+    stop_repeats: bool = True,
 ) -> Callable[[Tensor, int], str]:
-    """What the toolkit writes, with so many seconds of silence after the samples."""
+    """What the toolkit writes for samples (S,), by beam size.
+
+    Args:
+        name: Checkpoint.
+        vocabulary: Its own.
+        margin: Seconds of silence after the samples; None: the default.
+        normalize: Whether hypotheses are compared by their score per token.
+        stop_repeats: Whether those that repeat themselves are stopped.
+    """
     model = E2E(
         vocabulary.odim,
         "audio",
@@ -98,7 +111,7 @@ def searcher_of(
             length_bonus=0.0,
             end_when_beaten=True,
             length_normalization=normalize,
-            stop_repeats=True,
+            stop_repeats=stop_repeats,
         )
         (nbest,) = search(*model.encode(samples[None, :, None], torch.tensor([len(samples)])))
         return vocabulary.post_process(nbest[0].yseq)
@@ -121,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     systems = {"`generate`, 30 s": generator_of(options.checkpoint)}
     for margin in reversed(MARGINS):
         label = f"{margin:g} s of silence" if margin < 30 else "30 s"
-        systems[label] = searcher_of(options.checkpoint, vocabulary, margin, normalize=False)
+        systems[label] = searcher_of(options.checkpoint, vocabulary, margin)
     systems["30 s, --length-normalization"] = searcher_of(
         options.checkpoint, vocabulary, 30.0, normalize=True
     )

@@ -24,6 +24,7 @@ from transformers import (
     WavLMConfig,
     WavLMModel,
     WhisperConfig,
+    WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
     WhisperTokenizer,
 )
@@ -222,6 +223,8 @@ def make_tiny_checkpoints(folder: str | Path, seed: int = 0) -> list[str]:
                 (path / "preprocessor_config.json").write_text(text)
             if name in tokenizers:
                 tokenizers[name].save_pretrained(path)
+            if name == "whisper":
+                WhisperFeatureExtractor(model.config.num_mel_bins).save_pretrained(path)
     return list(tiny)
 
 

@@ -14,22 +14,15 @@ from pathlib import Path
 import jiwer
 import pytest
 import torch
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    ViTModel,
-    WhisperFeatureExtractor,
-    WhisperForConditionalGeneration,
-)
+from transformers import LlamaForCausalLM, ViTModel
 
 import eval as evaluation
+from benchmarks.whisper_margin import generator_of, searcher_of
 from datamodule.media import VIDEO_RATE, read_audio
 from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
-from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.utils.text_normalization import normalizer
-from lightning import build_beam_search
 
 CHECKPOINTS = Path(os.environ.get("AVASR_REAL_CHECKPOINTS", "nowhere"))
 CLIPS = Path(os.environ.get("AVASR_REAL_CLIPS", "nowhere"))
@@ -52,16 +45,8 @@ def clips():
 @pytest.fixture(scope="module")
 def generated(clips):
     """What transformers' generate writes, by beam size and clip."""
-    model = WhisperForConditionalGeneration.from_pretrained(WHISPER, dtype=torch.float32).eval()
-    extractor = WhisperFeatureExtractor.from_pretrained(WHISPER)
-    tokenizer = AutoTokenizer.from_pretrained(WHISPER)
-    texts = {beam: {} for beam in BEAMS}
-    for name, (samples, _) in clips.items():
-        mel = extractor(samples.numpy(), sampling_rate=16000, return_tensors="pt").input_features
-        for beam in BEAMS:
-            found = model.generate(mel, num_beams=beam, language="en", task="transcribe")
-            texts[beam][name] = tokenizer.decode(found[0], skip_special_tokens=True).strip()
-    return texts
+    generate = generator_of(WHISPER)
+    return {b: {name: generate(x, b) for name, (x, _) in clips.items()} for b in BEAMS}
 
 
 @pytest.fixture(scope="module")
@@ -72,30 +57,8 @@ def vocabulary():
 @torch.no_grad()
 def transcribe(vocabulary, clips, beam_size, margin=None, **options):
     """Texts of a Whisper as encoder and decoder, by the clips' names; one clip at a time."""
-    model = E2E(
-        vocabulary.odim,
-        "audio",
-        sos=vocabulary.sos,
-        eos=vocabulary.eos,
-        prompt=vocabulary.prompt,
-        special_tokens=vocabulary.special_tokens,
-        audio_encoder="whisper",
-        decoder="whisper",
-        decoder_name=WHISPER,
-        whisper_margin=margin,
-    ).eval()
-    search = build_beam_search(
-        *(model, vocabulary.token_list),
-        beam_size=beam_size,
-        ctc_weight=0.0,
-        length_bonus=0.0,
-        **{"end_when_beaten": True, "stop_repeats": True, **options},
-    )
-    texts = {}
-    for name, (samples, _) in clips.items():
-        (nbest,) = search(*model.encode(samples[None, :, None], torch.tensor([len(samples)])))
-        texts[name] = vocabulary.post_process(nbest[0].yseq)
-    return texts
+    search = searcher_of(WHISPER, vocabulary, margin, **options)
+    return {name: search(samples, beam_size) for name, (samples, _) in clips.items()}
 
 
 def word_errors(texts, clips):
@@ -108,7 +71,7 @@ def word_errors(texts, clips):
 @needs_clips
 @pytest.mark.parametrize("beam", BEAMS)
 def test_texts_equal_those_of_generate(clips, generated, vocabulary, beam):
-    found = transcribe(vocabulary, clips, beam, margin=30.0, length_normalization=True)
+    found = transcribe(vocabulary, clips, beam, margin=30.0, normalize=True)
     assert found == generated[beam]
 
 

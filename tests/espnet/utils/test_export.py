@@ -212,7 +212,7 @@ def test_a_finetuned_whisper_is_exported_as_one_whisper(exported):
     assert {path.name for path in out.iterdir() if "test" not in path.name} == {
         *("config.yaml", "model.pth", "unigram.model", "unigram_units.txt", "whisper")
     }
-    extractor = WhisperFeatureExtractor()
+    extractor = WhisperFeatureExtractor.from_pretrained(out / "whisper")
     wave = 0.1 * torch.randn(16_000, generator=torch.Generator().manual_seed(2))
     mel = extractor(wave.numpy(), sampling_rate=16_000, return_tensors="pt").input_features
     trained = read_state_dict(run / "model_avg_10.pth")["proj_encoder.weight"]
