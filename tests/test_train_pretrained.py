@@ -231,6 +231,12 @@ def test_the_demo_takes_other_encoders(tiny_checkpoints, corpus):
     args = train_parser().parse_args([*words, "--audio-encoder", "wavlm"])
     assert "modality_dropout" in demo_options(args)
     assert demo_options(train_parser().parse_args(["--demo"])) == DEMO_OPTIONS
+    # What a pretrained decoder learns in so few steps, CTC over its vocabulary does not.
+    for decoder in ("whisper", "llama"):
+        options = demo_options(train_parser().parse_args(["--demo", "--decoder", decoder]))
+        assert {"ctc_weight", "ctc_decode_weight"}.isdisjoint(options)
+    words = ["--demo", "--decoder", "whisper", "--audio-encoder", "whisper"]
+    assert {"adim", "elayers"}.isdisjoint(demo_options(train_parser().parse_args(words)))
 
 
 def test_a_recipe_gives_defaults_that_flags_override(corpus, tiny_checkpoints, monkeypatch):
