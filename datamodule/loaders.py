@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -87,11 +88,15 @@ class ClipLoader(DataLoader):
         num_workers: int = 0,
         persistent_workers: bool = False,
     ) -> None:
+        # Forked workers share the lists that this process has read, and heed its signals as they
+        # should; from Python 3.14 on, Linux too would start them otherwise.
+        forked = num_workers > 0 and sys.platform == "linux"
         super().__init__(
             _ErrorsAsItems(dataset),
             batch_sampler=batch_sampler,
             num_workers=num_workers,
             persistent_workers=persistent_workers and num_workers > 0,
+            multiprocessing_context="fork" if forked else None,
             collate_fn=_collate_or_error,
             worker_init_fn=_prepare_worker,
             pin_memory=torch.cuda.is_available(),

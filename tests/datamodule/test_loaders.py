@@ -2,6 +2,7 @@
 
 import multiprocessing
 import subprocess
+import sys
 import time
 
 import pytest
@@ -156,6 +157,15 @@ def test_workers_outlive_signals_unless_they_come_from_their_parent():
     worker.terminate()
     worker.join(5)
     assert worker.exitcode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes otherwise")
+def test_workers_are_forked_whatever_the_default():
+    """From Python 3.14 on, the default is forkserver: workers would not share the label lists."""
+    loader = ClipLoader(Clips(), batch_sampler=sampler(), num_workers=1)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
+    assert sum(len(batch["indices"]) for batch in loader) == 7
+    assert ClipLoader(Clips(), batch_sampler=sampler()).multiprocessing_context is None
 
 
 @pytest.mark.parametrize("in_worker", [True, False])
