@@ -372,7 +372,15 @@ def main(argv: list[str] | None = None) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="where to compute (default: %(default)s)",
     )
-    device = torch.device(parser.parse_args(argv).device)
+    parser.add_argument(
+        "--encoder",
+        nargs="+",
+        choices=list(ENCODER_CLASSES),
+        default=list(ENCODER_CLASSES),
+        help="which to measure (default: all)",
+    )
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
     transformers_logging.disable_progress_bar()
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(
@@ -382,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| what | time (ms) | reference (ms) | ratio | target |")
     print("|---|---|---|---|---|", flush=True)
     notes = []
-    for name in ENCODER_CLASSES:
+    for name in options.encoder:
         for row in measure(name, WORK[device.type], device):
             print(row, flush=True)
             notes += row.notes
