@@ -75,7 +75,8 @@ def make_demo_corpus(
     speakers = draw_speakers(counts, seed)
     parameters = {"version": VERSION, "seed": seed, "sentences": counts}
     if _is_complete(root, parameters):
-        _write_short_list(root)  # Corpora of earlier versions lack it.
+        if not (root / "labels" / SHORT_LIST).exists():  # made by an earlier version
+            _write_short_list(root)
         if progress:
             print(f"keeping the demo corpus in {root}")
         return False

@@ -114,6 +114,11 @@ def test_complete_corpus_is_kept(corpus, capsys):
     assert not make_demo_corpus(corpus, **SIZES, seed=3)
     assert capsys.readouterr().out == f"keeping the demo corpus in {corpus}\n"
     assert {path: path.stat().st_mtime_ns for path in corpus.rglob("*")} == before
+    short_list = corpus / "labels/train_240.csv"
+    expected = short_list.read_bytes()
+    short_list.unlink()  # as corpora of earlier versions lack it
+    assert not make_demo_corpus(corpus, **SIZES, seed=3, progress=False)
+    assert short_list.read_bytes() == expected
 
 
 @needs_espeak
