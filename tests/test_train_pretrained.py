@@ -254,6 +254,9 @@ def test_a_recipe_gives_defaults_that_flags_override(corpus, tiny_checkpoints, m
         assert args.lr == 1e-4
         assert args.lr_pretrained == RECIPES["whisper"].options["lr_pretrained"]
         assert tuple(args.qlora_parts) == ("audio",)
+        assert (args.use_lora, args.use_qlora) == (True, False)
+        args, _ = train.parse_args([*words, *more, "--use-qlora"])
+        assert (args.use_lora, args.use_qlora) == (False, True)
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,10 @@ def recipe_options(given: Namespace) -> dict[str, Any]:
     if given.recipe is None:
         return {}
     recipe = RECIPES[given.recipe]
-    return {**recipe.options, **(recipe.on_demo if given.demo else {})}
+    options = {**recipe.options, **(recipe.on_demo if given.demo else {})}
+    if given.use_qlora:  # It takes the place of plain adapters.
+        options.pop("use_lora", None)
+    return options
 
 
 def demo_options(given: Namespace) -> dict[str, Any]:
