@@ -484,7 +484,7 @@ def carry_out(plan: Plan, device: torch.device) -> StepMemory:
     torch.manual_seed(0)
     x, lengths, targets = make_batch(plan, device)
     before = Memory.since_start(device).now
-    model = E2E(**plan.options).to(device)
+    model = E2E.from_keywords(**plan.options).to(device)
     loading = Memory.since_start(device).peak
     forget_peak(device)
     train(model, (x, lengths, targets), device)

@@ -91,7 +91,9 @@ class Utterance:
 def build_model(work: Work, device: torch.device) -> E2E:
     """Builds the recogniser with random weights, in training mode."""
     torch.manual_seed(0)
-    return E2E(work.odim, "audiovisual", elayers=work.elayers, **work.sizes).to(device)
+    return E2E.from_keywords(work.odim, "audiovisual", elayers=work.elayers, **work.sizes).to(
+        device
+    )
 
 
 def make_utterances(work: Work, device: torch.device) -> list[Utterance]:

@@ -277,7 +277,7 @@ def test_batches_have_the_frames_that_are_told():
 def test_steps_train_what_the_way_says(way):
     with plan(way) as what:
         torch.manual_seed(0)
-        model = qlora_memory.E2E(**what.options)
+        model = qlora_memory.E2E.from_keywords(**what.options)
         assert model.training
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
