@@ -225,11 +225,11 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
             return replace(state, beam_size=beam_size)
         self._decode(hidden, self._blocks(state), cache=state.cache)
         mask = padding_mask(starts, hidden.size(1))
-        distances = starts.unsqueeze(1) - torch.arange(hidden.size(1), device=starts.device)
+        distances = state.starts.unsqueeze(1) - torch.arange(hidden.size(1), device=hidden.device)
         prefix = SharedPrefix(
             state.cache,
             None if mask is None else mask[:, None, None],
-            distances[:, None, None].to(hidden.device),
+            distances[:, None, None],
         )
         return replace(state, beam_size=beam_size, prefix=prefix, cache=DynamicCache())
 
