@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval as evaluation
 import train
@@ -18,9 +18,11 @@ from datamodule.media import read_audio
 from datamodule.pretrained_text_transform import whisper_text_transform
 from espnet.nets.model_options import ModelOptions
 from espnet.option_tree import from_flat, to_flat
+from espnet.utils import export
 from espnet.utils.checkpoint import read_state_dict
 from espnet.utils.options import train_parser
 from espnet.utils.recipes import DEMO_OPTIONS, RECIPES, demo_options
+from tests.causal_lm_cases import make_checkpoint
 from tests.test_train_and_eval import error_of
 
 ROOT = Path(__file__).parents[1]
@@ -376,6 +378,34 @@ def test_a_model_without_ctc_is_trained_and_takes_no_ctc_in_search(with_decoder,
     assert "--ctc-decode-weight 0.3, but a model of --ctc-weight 0 has no CTC layer" in error
 
 
+def test_a_language_model_without_bos_is_trained_scored_and_exported(
+    arguments, corpus, tmp_path, capsys
+):
+    """The model that is exported writes the same."""
+    folder = make_checkpoint(tmp_path / "qwen", "qwen2")
+    words = ["--decoder", "llama", "--decoder-name", folder, "--max-epochs", "1", "--use-lora"]
+    words += ["--test-file", "test.csv", "--max-dec-tokens", "5"]
+    words = arguments("qwen", None, "resnet1d", *words)
+    train.main(words)
+    run = Path(words[1]) / "qwen"
+    export.main([str(run), str(tmp_path / "out")])
+    assert AutoConfig.from_pretrained(tmp_path / "out/decoder").model_type == "qwen2"
+    shutil.rmtree(folder)  # The folder that is exported needs nothing beside it.
+    places = ["--root-dir", str(corpus), "--output-dir", str(tmp_path / "scored")]
+    words = ["--pretrained-model-path", str(tmp_path / "out/model.pth"), *places]
+    evaluation.main([*words, "--test-file", "test.csv", "--num-workers", "0"])
+    capsys.readouterr()
+    first, second = (
+        [
+            json.loads(line)
+            for line in (path / "hypotheses_audio_clean.jsonl").read_text().splitlines()
+        ]
+        for path in (run / "test", tmp_path / "scored")
+    )
+    assert any(line["hypothesis"] for line in first)
+    assert [line["hypothesis"] for line in first] == [line["hypothesis"] for line in second]
+
+
 def test_ids_without_their_vocabulary_are_refused(with_decoder, corpus, tmp_path, capsys):
     root = tmp_path / "elsewhere"
     (root / "labels").mkdir(parents=True)
@@ -396,7 +426,7 @@ def test_ids_without_their_vocabulary_are_refused(with_decoder, corpus, tmp_path
             ["--whisper-language", "xx"],
             r"knows no language 'xx', expected one of de, en",
         ),
-        ("whisper", ["--whisper-gated-video"], r"needs --decoder whisper and a model of video and"),
+        ("whisper", ["--whisper-gated-video"], r"needs a model of video and audio, got one of"),
         (
             "llama",
             ["--ctc-decode-weight", "0.1"],
@@ -428,4 +458,4 @@ def test_mistakes_about_decoders_are_one_line(
 
 def test_a_prompt_without_a_prefix_is_refused(with_decoder, capsys):
     error = error_of(capsys, train, with_decoder("prompt", "llama", "--llama-prompt", "Write."))
-    assert "--llama-prompt needs --decoder llama --llama-conditioning prefix" in error
+    assert "needs --decoder llama --llama-conditioning prefix" in error

@@ -6,6 +6,12 @@ from typing import ClassVar
 from espnet.nets.encoders import STREAMS, EncoderOptions, folder_problem
 from espnet.option_tree import COUNT, needs_problems, option, value_problems
 
+# Causal language models of transformers that are built like LLaMA: tests compare each with its own
+# forward pass and `generate`.
+CAUSAL_LM_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    *("gemma", "gemma2", "gemma3_text"),
+)
 LLAMA_CONDITIONINGS = ("cross-attention", "prefix")
 DTYPES = ("auto", "float32", "bfloat16")
 WHISPER_TASKS = ("transcribe", "translate")
@@ -43,7 +49,7 @@ class DecoderChoice:
 
 DECODERS = {
     "transformer": DecoderChoice(0.1, beam_size=40),
-    "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", ("llama",)),
+    "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", CAUSAL_LM_TYPES),
     "whisper": DecoderChoice(
         0.0,
         "openai/whisper-small",
@@ -90,7 +96,8 @@ class DecoderOptions:
 
     decoder: str = option(
         "transformer",
-        "Transformer over a SentencePiece vocabulary, or a pretrained LLaMA or Whisper with its "
+        "Transformer over a SentencePiece vocabulary, or a pretrained language model (LLaMA, "
+        "Mistral, Qwen, SmolLM3, Gemma: --decoder llama) or Whisper with its "
         "own",
         choices=tuple(DECODERS),
     )

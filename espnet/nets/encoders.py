@@ -347,6 +347,15 @@ def folder_problem(flag: str, name: str, model_types: tuple[str, ...]) -> str | 
     except (OSError, ValueError, AttributeError):
         return f"{flag} {name} holds no readable config.json: give a folder of save_pretrained"
     if found not in model_types:
-        expected = " or ".join(model_types)
-        return f"{flag} {name} is a checkpoint of {found}, one of {expected} is expected"
+        return (
+            f"{flag} {name} {type_problem(found, model_types)}: give the folder or hub id of such "
+            "a checkpoint"
+        )
     return None
+
+
+def type_problem(found: str, model_types: tuple[str, ...]) -> str:
+    """What is wrong with a checkpoint of another type, as the rest of a sentence that names it."""
+    *others, last = model_types
+    expected = f"{', '.join(others)} or {last}" if others else last
+    return f"is a checkpoint of {found}, one of {expected} is expected"

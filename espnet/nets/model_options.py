@@ -102,15 +102,13 @@ def model_problems(options: ModelOptions) -> list[str]:
     problems += encoder_problems(options.encoders)
     problems += decoder_problems(encoders.modality, options.decoder)
     if not problems:
-        encoders, decoder = resolve_parts(options.encoders, options.decoder)
-        elayers = _elayers(options, encoders)
-        problems += adaptation_problems(options.adaptation, encoders, decoder, elayers)
-        adim = _adim(options, encoders, elayers)
-        attends = elayers or not decoder.choice.pretrained  # with so many heads
-        if attends and adim is not None and (adim % options.aheads or adim % 2):
-            problems.append(
-                f"--adim {adim} must be even and a multiple of --aheads {options.aheads}"
-            )
+        parts = resolve_parts(options.encoders, options.decoder)
+        problems += adaptation_problems(options.adaptation, *parts, _elayers(options, encoders))
+    elayers = _elayers(options, encoders)
+    adim = _adim(options, encoders, elayers)
+    attends = elayers or not options.decoder.choice.pretrained  # with so many heads
+    if attends and adim is not None and (adim % options.aheads or adim % 2):
+        problems.append(f"--adim {adim} must be even and a multiple of --aheads {options.aheads}")
     if options.cnn_module_kernel % 2 == 0:
         problems.append(f"--cnn-module-kernel {options.cnn_module_kernel} must be odd")
     if sum(options.modality_dropout) > 1:

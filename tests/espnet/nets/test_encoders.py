@@ -98,7 +98,10 @@ def test_folders_are_looked_into(tmp_path):
     assert "holds no readable config.json" in folder_problem("--x", str(tmp_path), ("vit",))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     problem = folder_problem("--x", str(tmp_path), ("vit",))
-    assert problem == f"--x {tmp_path} is a checkpoint of clip, one of vit is expected"
+    remedy = "give the folder or hub id of such a checkpoint"
+    assert problem == f"--x {tmp_path} is a checkpoint of clip, one of vit is expected: {remedy}"
+    problem = folder_problem("--x", str(tmp_path), ("vit", "deit", "beit"))
+    assert "one of vit, deit or beit is expected" in problem
     assert folder_problem("--x", str(tmp_path), ("clip", "clip_vision_model")) is None
     (tmp_path / "config.json").write_text("[]")
     assert "holds no readable config.json" in folder_problem("--x", str(tmp_path), ("vit",))
