@@ -43,12 +43,12 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.timing import time_in_turns
+from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import VISION_ENCODERS, WHISPER_SECONDS
 from espnet.nets.pytorch_backend.frontend.clip_encoder import CLIPEncoder
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE, SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.utils.tiny_checkpoints import NORMALISATION
@@ -211,7 +211,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     margin = DECODERS["whisper"].whisper_margin
     encoder = load_encoder("whisper", folder, device, margin=margin)
     padded = load_encoder("whisper", folder, device, margin=float(WHISPER_SECONDS))
-    x = 0.1 * _random(work.utterances, SHORT_SECONDS * SAMPLE_RATE, 1, device=device)
+    x = 0.1 * _random(work.utterances, SHORT_SECONDS * AUDIO_RATE, 1, device=device)
     lengths = torch.full((work.utterances,), x.size(1), device=device)
     timings = time_in_turns(
         [lambda: encoder(x, lengths)[0], lambda: padded(x, lengths)[0]], device, work.repeats
@@ -219,7 +219,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     short, long = (timing.result for timing in timings)
     # What transformers gives for the first utterance, from the samples on.
     wave = x[0, :, 0].cpu().numpy()
-    mel = WhisperFeatureExtractor()(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    mel = WhisperFeatureExtractor()(wave, sampling_rate=AUDIO_RATE, return_tensors="pt")
     model = WhisperModel.from_pretrained(folder).to(device).eval()
     expected = model.encoder(mel.input_features.to(device)).last_hidden_state[:, : long.size(1)]
     change = torch.linalg.vector_norm(short - long[:, : short.size(1)])
@@ -360,7 +360,7 @@ def _largest(difference: Tensor) -> float:
 
 
 def _seconds() -> float:
-    return round(sum(RAGGED_FRAMES) * SAMPLES_PER_FRAME / SAMPLE_RATE, 1)
+    return round(sum(RAGGED_FRAMES) * SAMPLES_PER_FRAME / AUDIO_RATE, 1)
 
 
 def main(argv: list[str] | None = None) -> None:

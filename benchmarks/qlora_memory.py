@@ -48,10 +48,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Whi
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import decode, encoders
+from espnet.formats import SAMPLES_PER_FRAME
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.qlora_utils import (
     OUTPUT_LAYERS,
     parameter_report,

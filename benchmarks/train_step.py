@@ -35,8 +35,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.encoders import Row
 from benchmarks.timing import time_in_turns
+from espnet.formats import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.transformer.attention import shift_distances
 
 TARGET = 1.15

@@ -14,11 +14,12 @@ import torch
 
 from datamodule.av_dataset import AVDataset, Vocabulary
 from datamodule.label_list import LabelList
-from datamodule.loaders import STREAMS, ClipLoader, ResumableLoader
-from datamodule.media import VIDEO_RATE, MediaError, find_audio, wav_beside
+from datamodule.loaders import ClipLoader, ResumableLoader
+from datamodule.media import MediaError, find_audio, wav_beside
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
-from datamodule.transforms import CLEAN_SNR, AudioTransform, VideoTransform, needs_noise
+from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
+from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
 
 log = logging.getLogger(__name__)
 

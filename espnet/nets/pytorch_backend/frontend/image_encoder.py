@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from datamodule.transforms import VIDEO_MEAN, VIDEO_STD
+from espnet.formats import VIDEO_MEAN, VIDEO_STD
 from espnet.nets.encoders import POOLINGS
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
 from espnet.nets.pytorch_backend.nets_utils import padding_mask

@@ -2,10 +2,8 @@
 
 from torch import Tensor
 
+from espnet.formats import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.real_frames import RealFrames
-
-SAMPLE_RATE = 16000
-SAMPLES_PER_FRAME = 640  # at 25 frames a second
 
 
 def split_into_frames(x: Tensor, lengths: Tensor) -> tuple[Tensor, RealFrames]:

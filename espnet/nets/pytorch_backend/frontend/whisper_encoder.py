@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBackbone
 
+from espnet.formats import AUDIO_RATE
 from espnet.nets.encoders import AUDIO_ENCODERS
 from espnet.nets.pytorch_backend.frontend.packing import ATTENTION, Packing, pack, pad
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 from espnet.nets.pytorch_backend.frontend.whisper_log_mel import WhisperLogMel
 from espnet.nets.pytorch_backend.nets_utils import zero_padding
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
@@ -102,7 +102,7 @@ class WhisperEncoder(WaveEncoder):
         length = -(-waves.size(1) // SAMPLES_PER_FEATURE)
         if length > self.positions:
             raise ValueError(
-                f"an utterance lasts {waves.size(1) / SAMPLE_RATE:.1f} s, but Whisper's encoder "
+                f"an utterance lasts {waves.size(1) / AUDIO_RATE:.1f} s, but Whisper's encoder "
                 f"takes at most {self.positions / self.frame_rate:g} s: leave it out, cut it, or "
                 "choose another --audio-encoder"
             )
