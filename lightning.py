@@ -94,6 +94,13 @@ class ModelModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Moves the streams; shapes depend on the rest, which is read on the host."""
+        streams = {name: batch[name] for name in ("videos", "audios") if name in batch}
+        return batch | super().transfer_batch_to_device(streams, device, dataloader_idx)
+
     def on_train_start(self) -> None:
         """Takes up the sums of an epoch that was cut short."""
         if self._training_sums is not None:
