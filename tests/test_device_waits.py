@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from device_waits import DEVICE, OnDevice, Waits, to_device
 from torch import nn
+
+from tests.device_waits import DEVICE, OnDevice, Waits, to_device
 
 
 @pytest.fixture

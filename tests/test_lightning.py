@@ -1,7 +1,6 @@
 import pytest
 import pytorch_lightning as pl
 import torch
-from device_waits import DEVICE, OnDevice, Waits, to_device
 
 from datamodule.data_module import DataModule
 from datamodule.text_transform import TextTransform
@@ -9,6 +8,7 @@ from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.search_options import SearchOptions
 from espnet.utils.options import TrainingOptions
 from lightning import ModelModule, warmup_cosine
+from tests.device_waits import DEVICE, OnDevice, Waits, to_device
 
 
 @pytest.fixture

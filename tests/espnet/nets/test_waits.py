@@ -1,12 +1,12 @@
 """Neither a training step nor a search makes the host wait for the device, but for few places."""
 
-import adapted_cases
 import pytest
 import torch
-from device_waits import Waits, to_device
 
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
+from tests import adapted_cases
+from tests.device_waits import Waits, to_device
 
 OWN = ("resnet", "resnet1d", "fbank", "transformer")  # without a checkpoint
 AUDIOVISUAL = {"vision_encoder": "resnet", "audio_encoder": "resnet1d"}
