@@ -520,16 +520,16 @@ def make_batch(
 
     samples = frames * SAMPLES_PER_FRAME
     x = {"audio": 0.1 * noise(samples, 1)}
-    lengths = {"audio": samples.to(device)}
+    lengths = {"audio": samples}
     if plan.options["modality"] == "audiovisual":
         x["video"] = noise(frames, 1, encoders.CROP, encoders.CROP)
-        lengths["video"] = frames.to(device)
+        lengths["video"] = frames
     last = plan.options["eos"] - 1  # Special tokens follow the others.
     tokens = [
         torch.randint(1, last, (count,), generator=generator)
         for count in (frames * TOKEN_RATE // FRAME_RATE).tolist()
     ]
-    targets = pad_sequence(tokens, batch_first=True, padding_value=-1).to(device)
+    targets = pad_sequence(tokens, batch_first=True, padding_value=-1)
     return x, lengths, targets
 
 

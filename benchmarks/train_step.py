@@ -113,8 +113,9 @@ def padded_step(model: nn.Module, utterances: list[Utterance]) -> Callable[[], T
     """Makes the step on a padded batch; it returns the loss."""
     videos = pad_sequence([u.video for u in utterances], batch_first=True)
     audios = pad_sequence([u.audio for u in utterances], batch_first=True)
-    targets = pad_sequence([u.target for u in utterances], batch_first=True, padding_value=-1)
-    frames = torch.tensor([len(u.video) for u in utterances], device=videos.device)
+    targets = [u.target.cpu() for u in utterances]
+    targets = pad_sequence(targets, batch_first=True, padding_value=-1)
+    frames = torch.tensor([len(u.video) for u in utterances])
     x = {"video": videos, "audio": audios}
     lengths = {"video": frames, "audio": frames * SAMPLES_PER_FRAME}
     return lambda: _backward(model, model(x, lengths, targets)[0])

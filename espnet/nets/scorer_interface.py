@@ -21,7 +21,7 @@ class ScorerInterface:
 
         Args:
             memory: Encoder output (B, T, D), padded at the end.
-            memory_lengths: Frames of each utterance (B,), int64.
+            memory_lengths: Frames of each utterance (B,), int64, on the host.
             beam_size: Hypotheses per utterance, K.
 
         Returns:

@@ -23,7 +23,7 @@ from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 from espnet.option_tree import from_flat, names
@@ -314,8 +314,9 @@ class E2E(FreezableModule):
         Args:
             x: Video (B, T, 1, H, W) or audio (B, S, 1) of a model with one stream, or
                 `{"video": ..., "audio": ...}`.
-            lengths: Frames and samples, (B,) each, in the same form.
-            targets: Token ids, (B, U), padded with `ignore_id`.
+            lengths: Frames and samples, (B,) each, in the same form, on the host.
+            targets: Token ids, (B, U), padded with `ignore_id`; on the host, or they are waited
+                for.
 
         Returns:
             The weighted loss, the CTC loss (0 without a CTC layer), the decoder's loss (means over
@@ -330,12 +331,14 @@ class E2E(FreezableModule):
 
         Args:
             memory: Encoder output, (B, T, D).
-            memory_lengths: Frames, (B,).
-            targets: Token ids, (B, U), padded with `ignore_id`.
+            memory_lengths: Frames, (B,), on the host.
+            targets: Token ids, (B, U), padded with `ignore_id`; on the host, or they are waited
+                for.
 
         Returns:
             As `forward`.
         """
+        targets = targets.cpu()  # Shapes depend on them.
         loss_ctc = memory.new_zeros(())
         if self.ctc is not None:
             loss_ctc = self.ctc(memory, memory_lengths, targets)
@@ -353,7 +356,7 @@ class E2E(FreezableModule):
             lengths: As in `forward`.
 
         Returns:
-            Encoder output, (B, T, D), and its lengths, (B,).
+            Encoder output, (B, T, D), and its lengths, (B,), on the host.
 
         Raises:
             ValueError: If a stream is absent that the model cannot do without, or the streams'
@@ -443,11 +446,11 @@ class E2E(FreezableModule):
         # Lost utterances save their work. One is always encoded, and the vector is always used:
         # processes that train together wait for a gradient of every parameter.
         rows = (~lost).nonzero().flatten() if not lost.all() else torch.zeros(1, dtype=torch.int64)
-        rows = rows.to(x.device)
-        kept = _fit_length(self._features(stream, x[rows], lengths[rows]), length)
+        kept_lengths, rows = lengths[rows], send(rows, x.device)
+        kept = _fit_length(self._features(stream, x[rows], kept_lengths), length)
         vector = getattr(self, f"missing_{stream}").to(kept.dtype)
         features = vector.repeat(len(x), length, 1).index_copy(0, rows, kept)
-        return torch.where(lost.to(x.device)[:, None, None], vector, features)
+        return torch.where(send(lost, x.device)[:, None, None], vector, features)
 
     def _draw_lost_streams(self, batch_size: int) -> dict[str, Tensor]:
         """Which utterances lose a stream in this step, (B,) bool for each stream."""
@@ -472,13 +475,13 @@ class E2E(FreezableModule):
         first = self.decoder.first_token
         loss, correct = smoothed_loss(
             self.decoder.logits,
-            self.decoder.features(inputs, memory, memory_lengths),
+            self.decoder.features(send(inputs, memory.device), memory, memory_lengths),
             (outputs - first).masked_fill(outputs == self.ignore_id, self.ignore_id),
             vocabulary=self.odim - first,
             smoothing=self.label_smoothing,
             ignore_id=self.ignore_id,
         )
-        return loss / len(targets), correct / (outputs != self.ignore_id).sum()
+        return loss / len(targets), correct / int((outputs != self.ignore_id).sum())
 
 
 def _pass_on_last(projection: nn.Linear) -> None:

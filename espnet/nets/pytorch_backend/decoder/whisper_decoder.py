@@ -12,8 +12,9 @@ from transformers import DynamicCache, WhisperForCausalLM
 
 from espnet.nets.decoders import DECODERS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 from espnet.nets.pytorch_backend.pretrained import cache_argument, load_pretrained
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.scorer_interface import ScorerInterface
 
 
@@ -104,6 +105,8 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         self.gradient_checkpointing = gradient_checkpointing
         self.positions = config.max_target_positions
         self.prompt = tuple(prompt)
+        prefix = torch.tensor(prompt[:-1], dtype=torch.int64)
+        self.register_buffer("prefix", prefix, persistent=False)
         self.eos = eos
         self.odim = self.first_token + config.vocab_size
         self.memory_dim = memory_dim
@@ -158,7 +161,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
                 f"{longest} after its prompt: leave the utterance out, or shorten its text"
             )
         audio, video = self._split_memory(memory)
-        mask = padding_mask(memory_lengths, memory.size(1))
+        mask = RealFrames.of(memory_lengths, memory).mask
         prefix = self._prefix(tokens)
         x = self._embed(torch.cat([prefix, tokens - self.first_token], dim=1), offset=0)
         # Transformers' own checkpointing leaves frozen layers out, which are in eval mode.
@@ -182,7 +185,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
             beam_size=1,
             memory=[_project(attention, audio) for attention in attentions],
             video=[gated.project_memory(video) for gated in self.video_attention],
-            memory_mask=padding_mask(memory_lengths, memory.size(1)),
+            memory_mask=RealFrames.of(memory_lengths, memory).mask,
             cache=DynamicCache(),
         )
         prefix = self._prefix(memory)
@@ -265,8 +268,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
 
     def _prefix(self, batch: Tensor) -> Tensor:
         """The prompt before sos for each row of a batch, (B, P - 1)."""
-        prefix = torch.tensor(self.prompt[:-1], dtype=torch.int64, device=batch.device)
-        return prefix.expand(len(batch), -1)
+        return self.prefix.expand(len(batch), -1)
 
     def _split_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Parts the memory (B, T, M + V) into the checkpoint's, (B, T, D), and the video's."""
