@@ -14,6 +14,7 @@ from torch import Tensor
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.pytorch_backend.encoded import Encoded, join_video
 from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
@@ -132,12 +133,11 @@ class ModelModule(pl.LightningModule):
         self._count("skipped_utterances", size if empty else 0)
         if empty:  # Some process has bad clips only: none can compute batch statistics with it.
             return sum(parameter.sum() * 0.0 for parameter in trainable_parameters(self.model))
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        loss, loss_ctc, loss_att, accuracy = self.model.losses(
-            memory, memory_lengths, batch["targets"]
-        )
+        streams, lengths = model_inputs(batch)
+        loss, loss_ctc, loss_att, accuracy = self.model(streams, lengths, batch["targets"])
         if self.model.ctc is not None:
-            too_short = memory_lengths < ctc_frames_needed(batch["targets"])
+            frames = self.model.output_lengths(lengths)
+            too_short = frames < ctc_frames_needed(batch["targets"])
             self._count("short_utterances", int(too_short.sum()))
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
         values = torch.stack([loss, loss_ctc, loss_att, accuracy, torch.ones_like(loss)]).detach()
@@ -219,22 +219,21 @@ class ModelModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         """Adds a batch to losses, accuracy and the word errors of greedy CTC."""
         targets = batch["targets"]
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        values = torch.stack(self.model.losses(memory, memory_lengths, targets))
-        words = self._greedy_errors(memory, memory_lengths, targets)
+        encoded = self.model.encode(*model_inputs(batch))
+        values = torch.stack(self.model.losses(encoded, targets))
+        words = self._greedy_errors(encoded, targets)
         sizes = send(torch.tensor([float(len(targets)), *words]), self.device)
         finite = values[0].isfinite()
         self._validation_sums[:-1] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
         self._validation_sums[-1] += ~finite
 
-    def _greedy_errors(
-        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
-    ) -> tuple[int, int]:
+    def _greedy_errors(self, encoded: Encoded, targets: Tensor) -> tuple[int, int]:
         """Word errors of greedy CTC, and words; none without a CTC layer."""
         if self.model.ctc is None:
             return 0, 0
         texts = [self.text_transform.post_process(row) for row in targets]
-        found = self.model.ctc.greedy(memory, memory_lengths)
+        memory = join_video(encoded.memory, encoded.video)
+        found = self.model.ctc.greedy(memory, encoded.lengths)
         words = jiwer.process_words(texts, list(map(self.text_transform.post_process, found)))
         errors = words.substitutions + words.deletions + words.insertions
         return errors, words.substitutions + words.deletions + words.hits
@@ -265,8 +264,7 @@ class ModelModule(pl.LightningModule):
             One result an utterance.
         """
         start = time.perf_counter()
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        nbest = self.beam_search(memory, memory_lengths)
+        nbest = self.beam_search(*self.model.encode(*model_inputs(batch)))
         seconds = (time.perf_counter() - start) / len(nbest)
         results = []
         for index, hypotheses in zip(batch["indices"].tolist(), nbest, strict=True):

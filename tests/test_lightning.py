@@ -267,7 +267,7 @@ def test_decoding_finds_the_text_or_nothing(module, data):
     assert [result.index for result in decoded] == batch["indices"].tolist()
     assert all("<eos>" not in result.hypothesis for result in decoded)
     assert all(result.seconds > 0 for result in decoded)
-    module.beam_search = lambda memory, lengths: [[] for _ in lengths]  # noqa: ARG005
+    module.beam_search = lambda memory, lengths, video: [[] for _ in lengths]  # noqa: ARG005
     nothing = module.decode(batch)
     assert [(result.hypothesis, result.score) for result in nothing] == [("", None)] * len(
         batch["indices"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from espnet.nets.hypothesis import Hypothesis, SearchHistory, SearchStep
+from espnet.nets.pytorch_backend.encoded import Encoded, Video
 from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.scorer_interface import PartialScorerInterface, ScorerInterface, State
 
@@ -176,6 +177,7 @@ class BatchBeamSearch:
         self,
         memory: torch.Tensor,
         memory_lengths: torch.Tensor | None = None,
+        video: Video | None = None,
         *,
         maxlenratio: float = 0.0,
         minlenratio: float = 0.0,
@@ -185,6 +187,7 @@ class BatchBeamSearch:
         Args:
             memory: Encoder output (T, D), or (B, T, D), padded at the end.
             memory_lengths: Frames of each utterance (B,), int64, on the host; with (B, T, D) only.
+            video: Beside the memory of a batch; passed on to the scorers.
             maxlenratio: Most tokens of a hypothesis, in frames of the utterance, but at least 1;
                 a negative value is a number of tokens. 0 means as many as frames, and that the
                 search ends earlier when longer hypotheses have become too improbable.
@@ -199,23 +202,22 @@ class BatchBeamSearch:
         """
         if memory.dim() == 2 and memory_lengths is None:
             lengths = torch.tensor([memory.size(0)])
-            return self._search(memory[None], lengths, maxlenratio, minlenratio)[0]
+            encoded = Encoded(memory[None], lengths)
+            return self._search(encoded, maxlenratio, minlenratio)[0]
         if memory.dim() != 3 or memory_lengths is None or memory_lengths.shape != memory.shape[:1]:
             lengths_shape = None if memory_lengths is None else tuple(memory_lengths.shape)
             raise ValueError(
                 f"memory {tuple(memory.shape)} with memory_lengths {lengths_shape}: pass (T, D) "
                 "alone, or (B, T, D) with (B,)"
             )
-        return self._search(memory, memory_lengths, maxlenratio, minlenratio)
+        encoded = Encoded(memory, memory_lengths, video)
+        return self._search(encoded, maxlenratio, minlenratio)
 
     def _search(
-        self,
-        memory: torch.Tensor,
-        memory_lengths: torch.Tensor,
-        maxlenratio: float,
-        minlenratio: float,
+        self, encoded: Encoded, maxlenratio: float, minlenratio: float
     ) -> list[list[Hypothesis]]:
         """Search a padded batch; see ``__call__``."""
+        memory, memory_lengths, _ = encoded
         history = SearchHistory(
             *(memory.size(0), list(self.scorers), self.sos, self.eos),
             normalize=self.length_normalization,
@@ -232,7 +234,7 @@ class BatchBeamSearch:
             return history.nbest()
         beam = self._first_beam(memory, max_lengths, min_lengths)
         states = {
-            name: scorer.init(memory, memory_lengths, self.beam_size)
+            name: scorer.init(memory, memory_lengths, self.beam_size, **encoded.beside)
             for name, scorer in self.scorers.items()
         }
         interval = STOP_TEST_INTERVAL.get(memory.device.type, STOP_TEST_INTERVAL["cuda"])

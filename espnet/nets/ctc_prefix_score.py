@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from espnet.nets.pytorch_backend.nets_utils import send
+from espnet.nets.scorer_interface import kept_utterances
 
 IMPOSSIBLE = -1e5
 """Stands in for a log-posterior of minus infinity in cumulative sums, whose differences matter."""
@@ -154,7 +155,7 @@ def extend_prefixes(
     before = state.paths.flatten(0, 2).index_select(0, 2 * index + repeats)
     before = before.view(*new_scores.shape, -1)  # (N', T + 1) -> (B', K, T + 1)
     if index.numel() < last_tokens.numel():
-        kept = index[::beam] // beam
+        kept = kept_utterances(index, beam)
         constants = (state.emissions[kept], state.blanks[kept], state.blank_sums[kept])
         state = CTCPrefixState(state.first_rows[: len(kept)], *constants, before, new_scores)
 

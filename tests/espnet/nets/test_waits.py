@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from espnet.nets.pytorch_backend.encoded import Encoded, Video
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
 from tests import adapted_cases
@@ -88,29 +89,40 @@ def test_a_training_step_waits_for_targets_of_the_device(make):
     assert waits.count == 1
 
 
+def random_encoded(model, frames):
+    """Random memory of utterances of so many frames, and video beside it where there is any."""
+    memory = torch.randn(len(frames), max(frames), model.proj_encoder.out_features)
+    width = model.ctc.ctc_lo.in_features - memory.size(2)
+    video = torch.randn(len(frames), max(frames), width), torch.tensor(frames)
+    return Encoded(memory, torch.tensor(frames), Video(*video) if width else None)
+
+
+def encoded_on_device(encoded):
+    video = encoded.video and encoded.video._replace(features=to_device(encoded.video.features))
+    return encoded._replace(memory=to_device(encoded.memory), video=video)
+
+
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("case", DECODERS.values(), ids=DECODERS)
 @torch.no_grad()
 def test_a_search_waits_once_in_five_steps(make, case, ctc_weight):
     model = make(case).eval()
-    frames = torch.tensor([40, 25, 31])
-    memory = torch.randn(3, 40, model.ctc.ctc_lo.in_features)
-
+    encoded = random_encoded(model, [40, 25, 31])
     vocabulary = [str(i) for i in range(model.odim)]
     options = SearchOptions(beam_size=3, ctc_decode_weight=ctc_weight, length_bonus=0.5)
 
-    def search(memory, tokens):
+    def search(encoded, tokens):
         search = build_beam_search(model, options, vocabulary)
-        return search(memory, frames, maxlenratio=-tokens, minlenratio=1 - tokens)
+        return search(*encoded, maxlenratio=-tokens, minlenratio=1 - tokens)
 
-    expected = search(memory, 11)
+    expected = search(encoded, 11)
     with Waits() as waits:
-        memory = to_device(memory)
+        encoded = encoded_on_device(encoded)
         to_device(model)
-        found = search(memory, 11)
+        found = search(encoded, 11)
         # Stop tests come after every fifth step but the last; then results are copied at once.
         assert waits.count == 3
-        search(memory, 5)
+        search(encoded, 5)
         assert waits.count == 4
     for one, two in zip(expected, found, strict=True):
         assert one[0].yseq.tolist() == two[0].yseq.tolist()
@@ -120,13 +132,12 @@ def test_a_search_waits_once_in_five_steps(make, case, ctc_weight):
 @torch.no_grad()
 def test_utterances_leave_a_search_without_a_wait(make):
     model = make(DECODERS["llama_prefix"]).eval()
-    frames = torch.tensor([4, 20, 9])
-    memory = torch.randn(3, 20, model.ctc.ctc_lo.in_features)
+    encoded = random_encoded(model, [4, 20, 9])
     vocabulary = [str(i) for i in range(model.odim)]
     options = SearchOptions(beam_size=3, ctc_decode_weight=0.3, length_bonus=9.0)
     search = build_beam_search(model, options, vocabulary)
     with Waits() as waits:
         to_device(model)
-        found = search(to_device(memory), frames)
+        found = search(*encoded_on_device(encoded))
     assert waits.count == 4
-    assert [max(len(one.yseq) - 2 for one in each) for each in found] == frames.tolist()
+    assert [max(len(one.yseq) - 2 for one in each) for each in found] == [4, 20, 9]

@@ -21,7 +21,7 @@ from espnet.nets.pytorch_backend.decoder.memory_prefix import MemoryPrefix, join
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 from espnet.nets.pytorch_backend.real_frames import RealFrames
-from espnet.nets.scorer_interface import ScorerInterface
+from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         state.cache.reorder_cache(index)
         if complete:
             return state
-        kept = index[:: state.beam_size] // state.beam_size
+        kept = kept_utterances(index, state.beam_size)
         return replace(
             state,
             starts=state.starts[kept],

@@ -14,7 +14,7 @@ from espnet.nets.pytorch_backend.transformer.embedding import PositionalEncoding
 from espnet.nets.pytorch_backend.transformer.positionwise_feed_forward import (
     PositionwiseFeedForward,
 )
-from espnet.nets.scorer_interface import ScorerInterface
+from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 LAYER_NORM_EPS = 1e-12  # that of published checkpoints
 
@@ -205,7 +205,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         state.cache.reorder(index)
         if len(index) == state.beam_size * len(state.memory[0][0]):
             return state
-        kept = index[:: state.beam_size] // state.beam_size
+        kept = kept_utterances(index, state.beam_size)
         return replace(
             state,
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
