@@ -208,7 +208,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     Returns:
         A row of the table.
     """
-    margin = DECODERS["whisper"].whisper_margin
+    margin = DECODERS["whisper"].margin
     encoder = load_encoder("whisper", folder, device, margin=margin)
     padded = load_encoder("whisper", folder, device, margin=float(WHISPER_SECONDS))
     x = 0.1 * _random(work.utterances, SHORT_SECONDS * AUDIO_RATE, 1, device=device)
