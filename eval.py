@@ -4,8 +4,9 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
+from espnet.errors import one_line
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import Options, eval_parser, one_line
+from espnet.utils.options import Options, eval_parser
 from espnet.utils.run_config import completed, find_vocabulary, parse_eval_args
 
 

@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from datamodule.loaders import model_inputs
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
@@ -72,6 +73,8 @@ class ModelModule(pl.LightningModule):
         self._training_sums: Tensor | None = None  # of the current epoch, until they are logged
         self._validation_sums: Tensor | None = None
         self._statistics: list[Tensor] = []
+        self._everywhere = 0.0  # utterances of the current batch, in all processes
+        self._empty = 0.0  # processes whose batch has no utterance
         self._utterances = 0.0  # of the current step, in all processes
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -110,7 +113,7 @@ class ModelModule(pl.LightningModule):
             if self.trainer.is_last_batch:  # It was cut short before its validation.
                 self._log_training_sums()
 
-    def on_train_batch_start(self, batch: dict[str, Any] | None, batch_idx: int) -> None:  # noqa: ARG002
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seeds the step and keeps the batch statistics, in case the step must be undone."""
         if batch_idx == 0:
             sums = len(TRAINING_SUMS) + 1 + len(COUNTS)
@@ -120,18 +123,24 @@ class ModelModule(pl.LightningModule):
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._utterances = 0.0
             self._statistics = [buffer.clone() for buffer in self.model.buffers()]
+        self._tell_the_others(len(batch["indices"]))
+
+    def _tell_the_others(self, size: int) -> None:
+        """Tells the other processes this one's batch size and wishes, and hears theirs."""
+        sizes = [float(size), float(size == 0), *self.wishes]
+        if self.trainer.world_size > 1:
+            sizes = send(torch.tensor(sizes), self.device)
+            sizes = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
+        self._everywhere, self._empty, *self.agreed = sizes
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:  # noqa: ARG002
         """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
-        sizes = [float(size), float(size == 0), *self.wishes]
-        if self.trainer.world_size > 1:
-            sizes = send(torch.tensor(sizes), self.device)
-            sizes = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
-        everywhere, empty, *self.agreed = sizes
-        self._count("skipped_utterances", size if empty else 0)
-        if empty:  # Some process has bad clips only: none can compute batch statistics with it.
+        self._count("skipped_utterances", size if self._empty else 0)
+        if (
+            self._empty
+        ):  # Some process has bad clips only: none can compute batch statistics with it.
             return sum(parameter.sum() * 0.0 for parameter in trainable_parameters(self.model))
         streams, lengths = model_inputs(batch)
         loss, loss_ctc, loss_att, accuracy = self.model(streams, lengths, batch["targets"])
@@ -142,7 +151,7 @@ class ModelModule(pl.LightningModule):
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
         values = torch.stack([loss, loss_ctc, loss_att, accuracy, torch.ones_like(loss)]).detach()
         self._training_sums[: len(values)] += (values * size).where(loss.isfinite(), 0.0)
-        self._utterances += everywhere
+        self._utterances += self._everywhere
         # Processes and accumulated batches are averaged after this; `configure_gradient_clipping`
         # divides by the utterances of the whole step, once they are known.
         return loss * (size * self.trainer.world_size * self.trainer.accumulate_grad_batches)
@@ -275,20 +284,6 @@ class ModelModule(pl.LightningModule):
                 score = float(hypotheses[0].score)
             results.append(Decoded(index, text, score, seconds))
         return results
-
-
-def model_inputs(batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The streams of a batch and their lengths, in the form that `E2E` takes.
-
-    Args:
-        batch: As `collate_pad` makes it.
-
-    Returns:
-        Features and lengths by stream.
-    """
-    streams = [stream for stream in ("video", "audio") if f"{stream}s" in batch]
-    features = {stream: batch[f"{stream}s"] for stream in streams}
-    return features, {stream: batch[f"{stream}_lengths"] for stream in streams}
 
 
 def warmup_cosine(step: int, warmup_steps: float, total_steps: float) -> float:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datamodule.options import DEFAULT_LIST
+from espnet.errors import one_line
 from espnet.option_tree import changed, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
-from espnet.utils.options import Options, one_line, train_parser
+from espnet.utils.options import Options, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
 from espnet.utils.run_config import completed, find_vocabulary, save_config
 from espnet.utils.stopwatch import Stopwatch
@@ -116,10 +117,9 @@ def run(options: Options, watch: Stopwatch) -> None:
         )
     run_dir = Path(options.run.exp_dir) / options.run.exp_name
     resume = resume_path(options.run.ckpt_path, run_dir)
-    if resume:
-        check_resumable(resume, model)
+    read = {resume: read_resumable(resume, model)} if resume else {}
     module = ModelModule(model, text_transform, options.training, options.search, options.data.seed)
-    trainer = make_trainer(options, model, run_dir)
+    trainer = make_trainer(options, model, run_dir, read)
     if trainer.is_global_zero and not options.run.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
@@ -191,33 +191,41 @@ def resume_path(given: str | None, run_dir: Path) -> str | None:
     return str(last) if last.is_file() else None
 
 
-def check_resumable(path: str, model: "E2E") -> None:
-    """Makes sure that a checkpoint can be resumed from, before anything is written.
+def read_resumable(path: str, model: "E2E") -> dict[str, Any]:
+    """Reads a checkpoint, and makes sure that it can be resumed from before anything is written.
 
     Args:
         path: Checkpoint.
         model: Model of the run; takes its weights.
+
+    Returns:
+        Its content.
 
     Raises:
         ValueError: If it cannot be read, holds weights only, or does not fit the model.
     """
     from espnet.utils.checkpoint import load_model, read_checkpoint
 
-    if "optimizer_states" not in read_checkpoint(path):
+    content = read_checkpoint(path)
+    if "optimizer_states" not in content:
         raise ValueError(
             f"--ckpt-path {path} holds weights only, a checkpoint of a run (.ckpt) is expected: to "
             "start from weights, use --pretrained-model-path"
         )
-    load_model(model, path)
+    load_model(model, path, content)
+    return content
 
 
-def make_trainer(options: Options, model: "E2E", run_dir: Path) -> "pl.Trainer":
+def make_trainer(
+    options: Options, model: "E2E", run_dir: Path, read: dict[str, dict[str, Any]]
+) -> "pl.Trainer":
     """Makes the trainer with its callbacks.
 
     Args:
         options: Resolved.
         model: What is to be trained.
         run_dir: Folder of the run.
+        read: Checkpoints that have been read, by path.
 
     Returns:
         The trainer.
@@ -237,7 +245,7 @@ def make_trainer(options: Options, model: "E2E", run_dir: Path) -> "pl.Trainer":
         options.hardware,
         model,
         callbacks=callbacks,
-        plugins=[WholeFileCheckpointIO()],
+        plugins=[WholeFileCheckpointIO(read)],
         logger=logger,
         enable_checkpointing=not options.run.fast_dev_run,
         max_epochs=options.training.max_epochs,

@@ -49,6 +49,20 @@ def collate_pad(items: list[Item | None]) -> dict[str, Any]:
     return batch
 
 
+def model_inputs(batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The streams of a batch and their lengths, in the form that `E2E` takes.
+
+    Args:
+        batch: As `collate_pad` makes it.
+
+    Returns:
+        Features and lengths by stream.
+    """
+    streams = [stream for stream in STREAMS if f"{stream}s" in batch]
+    features = {stream: batch[f"{stream}s"] for stream in streams}
+    return features, {stream: batch[f"{stream}_lengths"] for stream in streams}
+
+
 def _pad(sequences: list[torch.Tensor], padding: int) -> torch.Tensor:
     """Pad sequences (T, ...) to one tensor (B, longest T, ...)."""
     first = sequences[0]

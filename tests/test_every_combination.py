@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import train
+from datamodule.loaders import model_inputs
 from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_weights, read_state_dict
-from lightning import ModelModule, model_inputs
+from lightning import ModelModule
 
 ENCODERS = {
     "resnet_resnet1d": ("resnet", "resnet1d"),

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
+from datamodule.loaders import model_inputs
 from espnet.nets import adaptation
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_model, trained_content, transfer_weights
-from lightning import model_inputs
 from tests.adapted_cases import adapters, changed, other_values, snapshot
 from tests.test_every_combination import module_of
 from tests.test_train_and_eval import error_of, run_script, state_of

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from espnet.errors import first_line
 from espnet.nets.pytorch_backend.e2e_asr_conformer import rename_single_frontend
 from espnet.nets.pytorch_backend.pretrained import bases, from_bases
 from espnet.nets.pytorch_backend.qlora_utils import adapter_names, plain_shapes, to_adapted_names
@@ -43,9 +44,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"({detail.strip()[:150]}): save its state dict alone"
         ) from None
     except Exception as error:  # Whatever a damaged file makes the reader stumble over.
-        cause = (str(error) or type(error).__name__).splitlines()[0][:150]
         raise ValueError(
-            f"checkpoint {path} cannot be read ({cause}): it is damaged or no PyTorch checkpoint"
+            f"checkpoint {path} cannot be read ({first_line(error)}): it is damaged or no PyTorch "
+            "checkpoint"
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -122,17 +123,18 @@ def without_bases(
     return kept, {part: vars(base) for part, base in bases(model).items()}
 
 
-def load_model(model: nn.Module, path: str | Path) -> None:
+def load_model(model: nn.Module, path: str | Path, content: dict[str, Any] | None = None) -> None:
     """Loads a checkpoint of the whole model.
 
     Args:
         model: Recogniser to fill.
         path: Checkpoint.
+        content: What it holds, if it has been read.
 
     Raises:
         ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path) if content is None else content
     check_bases(model, content, path)
     load_weights(model, _state_dict(content, path), path)
 

@@ -9,9 +9,10 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from espnet.errors import one_line
 from espnet.option_tree import changed
-from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import OneLineParser, eval_parser, one_line
+from espnet.utils.option_checks import checkpoint_problems
+from espnet.utils.options import OneLineParser, eval_parser
 from espnet.utils.run_config import (
     completed,
     find_vocabulary,
@@ -79,8 +80,7 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
         raise ValueError(f"{out} exists: give a new or an empty folder to write to")
     words = ["--pretrained-model-path", str(checkpoint), "--root-dir", str(checkpoint.parent)]
     options, modality = parse_eval_args(eval_parser(), words)
-    problems = evaluation_problems(options, modality)
-    if problems := [text for text in problems if not text.startswith("--test-file")]:
+    if problems := checkpoint_problems(options, modality):
         parser.error("; ".join(problems))
     options = find_vocabulary(completed(changed(options, decoder_dtype="float32")), parser)
 

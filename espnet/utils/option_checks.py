@@ -60,7 +60,15 @@ def training_problems(options: Options) -> list[str]:
 
 
 def evaluation_problems(options: Options, modality: str | None) -> list[str]:
-    """What is wrong with eval.py's options, those of the run included.
+    """What is wrong with eval.py's options; arguments and result as for `checkpoint_problems`."""
+    data = options.data
+    problems = [] if data.root_dir else ["--root-dir must be given"]
+    problems += _data_problems(data, {"--test-file": data.test_file})
+    return checkpoint_problems(options, modality) + problems
+
+
+def checkpoint_problems(options: Options, modality: str | None) -> list[str]:
+    """What is wrong with the options of a model that is to be loaded.
 
     Args:
         options: The modality of the model is what it was trained for, None if nothing tells.
@@ -70,7 +78,7 @@ def evaluation_problems(options: Options, modality: str | None) -> list[str]:
         A sentence a problem; empty if there is none.
     """
     path = options.training.pretrained_model_path
-    model, data = options.model, options.data
+    model = options.model
     trained_for = model.encoders.modality
     problems = []
     if path is None:
@@ -89,9 +97,6 @@ def evaluation_problems(options: Options, modality: str | None) -> list[str]:
             f"--modality {modality}, but {path} was trained without --modality-dropout and "
             "needs both streams"
         )
-    if not data.root_dir:
-        problems.append("--root-dir must be given")
-    problems += _data_problems(data, {"--test-file": data.test_file})
     if trained_for:
         problems += model_problems(model)
     return problems + search_problems(options.search, model)

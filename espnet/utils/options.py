@@ -203,9 +203,3 @@ def eval_parser() -> ArgumentParser:
     add_arguments(parser, Options, "eval")
     parser.set_defaults(test_file=DEFAULT_LIST)
     return parser
-
-
-def one_line(error: Exception) -> str:
-    """The last line of an error: what a data-loading process adds before it is its traceback."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1].split("Error: ", maxsplit=1)[-1]

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from espnet.errors import first_line
 from espnet.nets.adaptation import INSTALLED, REQUIREMENTS
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
@@ -98,7 +99,7 @@ def build_trainer(options: HardwareOptions, model: nn.Module, **others: Any) -> 
             **others,
         )
     except MisconfigurationException as error:
-        raise ValueError(f"Lightning refuses the options: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"Lightning refuses the options: {first_line(error)}") from None
 
 
 def build_logger(name: str, run_dir: Path, group: str | None) -> Logger | bool:

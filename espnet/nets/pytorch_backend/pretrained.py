@@ -9,11 +9,17 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from espnet.errors import first_line
 from espnet.nets.encoders import folder_problem, type_problem
 from espnet.nets.pytorch_backend.qlora_utils import (
     check_quantisation,
@@ -232,9 +238,8 @@ def loading_problem(error: Exception) -> str:
         return "is neither a folder here nor a checkpoint on the Hugging Face hub"
     if "ignore_mismatched_sizes" in str(error):
         return "has weights that do not fit its config.json"
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if "connect" in text or "offline" in text:
+    if any(isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled) for cause in causes):
         return (
             "is neither a folder here nor in the cache, and the Hugging Face hub cannot be reached"
         )
-    return f"cannot be loaded ({text[:200]})"
+    return f"cannot be loaded ({first_line(error)})"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
+from espnet.errors import first_line
 from espnet.nets.adaptation import INSTALLED, AdaptationOptions, install_command
 from espnet.nets.decoders import CAUSAL_LM_TYPES
 
@@ -370,15 +371,11 @@ def load_package(package: str) -> ModuleType:
     try:
         return import_module(package)
     except Exception as error:  # A package that does not fit its libraries raises what it likes.
-        raise ValueError(_remedy(package, f"it cannot be imported ({_line(error)})")) from None
+        raise ValueError(_remedy(package, f"it cannot be imported ({first_line(error)})")) from None
 
 
 def _remedy(package: str, problem: str) -> str:
     return f"QLoRA needs {package}, but {problem}: {install_command(package)}"
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _linear_layers(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -422,7 +419,7 @@ def _quantised(linear: nn.Linear, bitsandbytes: ModuleType) -> nn.Linear:
     try:
         quantised.weight = weight.to(linear.weight.device)  # This is what quantises it.
     except Exception as error:  # Its library for this device may be missing, or not fit.
-        problem = f"it does not work on {linear.weight.device} ({_line(error)})"
+        problem = f"it does not work on {linear.weight.device} ({first_line(error)})"
         raise ValueError(_remedy("bitsandbytes", problem)) from None
     quantised.bias = linear.bias
     _add_hooks(quantised)

@@ -10,8 +10,8 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from datamodule.loaders import model_inputs
 from espnet.utils.recovery.failed_batch import FailedBatch, describe, in_words
-from lightning import model_inputs
 
 GIGABYTE = 1e9
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from espnet.errors import one_line
 from espnet.option_tree import from_flat, to_flat
-from espnet.utils.options import Options, eval_parser, one_line, train_parser
+from espnet.utils.options import Options, eval_parser, train_parser
 from espnet.utils.run_config import completed
 
 ROOT = Path(__file__).parents[3]

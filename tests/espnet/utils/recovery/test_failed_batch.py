@@ -68,16 +68,16 @@ def failing(monkeypatch):
     """Makes the second batch of the second epoch fail in a way of one's choice."""
 
     def set_up(fail):
-        encode = E2E.encode
+        forward = E2E.forward
         calls = []
 
-        def encode_or_fail(model, *rest):
+        def forward_or_fail(model, *rest):
             calls.append(model.training)
             if sum(calls) == 8:  # of 6 an epoch
                 fail()
-            return encode(model, *rest)
+            return forward(model, *rest)
 
-        monkeypatch.setattr(E2E, "encode", encode_or_fail)
+        monkeypatch.setattr(E2E, "forward", forward_or_fail)
 
     return set_up
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train
+from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.utils.recovery.failed_batch import FailedBatch
 from espnet.utils.recovery.probe import ProbeBatch
 
@@ -82,8 +83,12 @@ def test_random_generators_and_statistics_are_as_before(train_arguments, monkeyp
 
 
 def test_out_of_memory_is_one_line_before_the_first_step(train_arguments, monkeypatch, capsys):
-    forward = "espnet.nets.pytorch_backend.e2e_asr_conformer.E2E.forward"
-    monkeypatch.setattr(forward, lambda *_: torch.empty(1 << 60))
+    forward = E2E.forward
+
+    def need_too_much(model, *rest):
+        return torch.empty(1 << 60) if model.training else forward(model, *rest)
+
+    monkeypatch.setattr(E2E, "forward", need_too_much)
     with pytest.raises(SystemExit) as info:
         train.main(train_arguments("too_large", "audio", *SMALL_BATCHES, "--probe-batch"))
     assert info.value.code == 2
