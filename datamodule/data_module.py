@@ -15,6 +15,7 @@ from datamodule.label_list import LabelList
 from datamodule.loaders import ClipLoader, ResumableLoader
 from datamodule.media import MediaError, find_audio, wav_beside
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
+from datamodule.options import DataOptions
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
 from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
 from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
@@ -32,28 +33,15 @@ class DataModule(pl.LightningDataModule):
     which must not replace the samplers (`use_distributed_sampler=False`).
 
     Args:
-        root_dir: Folder that holds `labels/` and the datasets.
+        options: Which lists, and how to batch them.
         streams: "video", "audio" or both: what the model takes.
         text_transform: The model's vocabulary.
         id_text_transform: Vocabulary of lists of token ids, if it is not the model's.
         takes_ids: Whether ids of a list may be the model's own; if not, and there is no
             `id_text_transform`, a list of ids is refused.
-        train_file: Training list under `root_dir/labels/`.
-        val_file: Validation list; None: no validation.
-        test_file: Test list.
-        max_frames: Most frames of a batch, counting the padding, and of an utterance.
-        decode_max_frames: Most frames of a test batch; None: `max_frames`.
-        train_num_buckets: Most groups of similar length.
-        num_workers: Worker processes of a loader; 0 loads in the main process.
-        seed: Seed of batches, masks, crops and noise; at least 0.
-        crop_size: Height and width of the video in pixels.
         audio_normalize: Whether audio is layer-normalised over the utterance.
         max_seconds: Longest utterance that the audio encoder takes; None for no limit.
-        noise_files: Noise; without one, babble of other utterances of the training list (of the
-            test list where there is no training list).
         snr_targets: SNRs in dB of the tests to come; 999999 is clean.
-        skip_bad_clips: Whether training leaves out, counts and logs clips that cannot be read or
-            are longer than `max_frames` or `max_seconds`.
 
     Raises:
         ValueError: `streams` holds something else, or nothing.
@@ -61,56 +49,34 @@ class DataModule(pl.LightningDataModule):
 
     def __init__(
         self,
+        options: DataOptions,
         *,
-        root_dir: str,
         streams: Sequence[str],
         text_transform: Vocabulary,
         id_text_transform: Vocabulary | None = None,
         takes_ids: bool = True,
-        train_file: str | None = None,
-        val_file: str | None = None,
-        test_file: str | None = None,
-        max_frames: int = 1600,
-        decode_max_frames: int | None = None,
-        train_num_buckets: int = 400,
-        num_workers: int = 0,
-        seed: int = 0,
-        crop_size: int = 88,
         audio_normalize: bool = True,
         max_seconds: int | None = None,
-        noise_files: Sequence[str] = (),
         snr_targets: Sequence[float] = (CLEAN_SNR,),
-        skip_bad_clips: bool = False,
     ) -> None:
         super().__init__()
         if not streams or not set(streams) <= set(STREAMS):
             raise ValueError(f"got streams {tuple(streams)}, expected some of {STREAMS}")
-        self.root_dir = root_dir
+        self.options = options
         self.streams = tuple(streams)
         self.text_transform = text_transform
         self.id_text_transform = id_text_transform
         self.takes_ids = takes_ids
-        self.train_file = train_file
-        self.val_file = val_file
-        self.test_file = test_file
-        self.max_frames = max_frames
-        self.decode_max_frames = decode_max_frames or max_frames
-        self.train_num_buckets = train_num_buckets
-        self.num_workers = num_workers
-        self.seed = seed
-        self.crop_size = crop_size
         self.audio_normalize = audio_normalize
-        self.longest_clip = max_frames  # frames
+        self.longest_clip = options.max_frames
         self.too_long = "raise --max-frames or remove it"
-        if max_seconds is not None and max_seconds * VIDEO_RATE < max_frames:
+        if max_seconds is not None and max_seconds * VIDEO_RATE < options.max_frames:
             self.longest_clip = max_seconds * VIDEO_RATE
             self.too_long = (
                 f"the audio encoder takes {max_seconds} s: remove it or choose another "
                 "--audio-encoder"
             )
-        self.noise_files = tuple(noise_files)
         self.snr_targets = tuple(snr_targets)
-        self.skip_bad_clips = skip_bad_clips
         self.train_dataset: AVDataset | None = None
         self.val_dataset: AVDataset | None = None
         self.test_datasets: dict[float, AVDataset] = {}  # by SNR
@@ -130,15 +96,19 @@ class DataModule(pl.LightningDataModule):
                 `skip_bad_clips`).
             MediaError: A clip is missing, or a noise file cannot be read.
         """
-        if stage == "fit" or (stage is None and self.train_file):
+        if stage == "fit" or (stage is None and self.options.train_file):
             if self.train_dataset is None:
-                self.train_dataset = self._dataset("train", self.train_file)
-        if stage in ("fit", "validate", None) and self.val_file and self.val_dataset is None:
-            self.val_dataset = self._dataset("val", self.val_file)
-        if stage == "test" or (stage is None and self.test_file):
+                self.train_dataset = self._dataset("train", self.options.train_file)
+        if (
+            stage in ("fit", "validate", None)
+            and self.options.val_file
+            and self.val_dataset is None
+        ):
+            self.val_dataset = self._dataset("val", self.options.val_file)
+        if stage == "test" or (stage is None and self.options.test_file):
             for snr_target in self.snr_targets:
                 if snr_target not in self.test_datasets:
-                    dataset = self._dataset("test", self.test_file, snr_target)
+                    dataset = self._dataset("test", self.options.test_file, snr_target)
                     self.test_datasets[snr_target] = dataset
 
     @property
@@ -152,14 +122,14 @@ class DataModule(pl.LightningDataModule):
         """Make the loader of training batches, which are re-drawn every epoch."""
         labels = self.train_dataset.labels
         indices = np.arange(len(labels))
-        if self.skip_bad_clips:
+        if self.options.skip_bad_clips:
             indices = np.setdiff1d(indices, labels.longer_than(self.longest_clip))
         rank, world_size = self._rank_and_world_size()
         sampler = LengthBucketBatchSampler(
             labels.num_frames,
-            max_frames=self.max_frames,
-            num_buckets=self.train_num_buckets,
-            seed=self.seed,
+            max_frames=self.options.max_frames,
+            num_buckets=self.options.train_num_buckets,
+            seed=self.options.seed,
             indices=indices,
             redraw=not (self.trainer and self.trainer.overfit_batches),
             rank=rank,
@@ -168,7 +138,7 @@ class DataModule(pl.LightningDataModule):
         return ResumableLoader(
             self.train_dataset,
             batch_sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self.options.num_workers,
             persistent_workers=True,
         )
 
@@ -176,7 +146,9 @@ class DataModule(pl.LightningDataModule):
         """Make the loader of validation batches; an empty list without a validation list."""
         if self.val_dataset is None:
             return []
-        return self._evaluation_loader(self.val_dataset, self.max_frames, persistent_workers=True)
+        return self._evaluation_loader(
+            self.val_dataset, self.options.max_frames, persistent_workers=True
+        )
 
     def test_dataloader(self, snr_target: float | None = None) -> ClipLoader:
         """Make the loader of test batches.
@@ -185,7 +157,9 @@ class DataModule(pl.LightningDataModule):
             snr_target: One of `snr_targets`; None: the first.
         """
         dataset = self.test_datasets[self.snr_targets[0] if snr_target is None else snr_target]
-        return self._evaluation_loader(dataset, self.decode_max_frames, persistent_workers=False)
+        return self._evaluation_loader(
+            dataset, self.options.decode_max_frames, persistent_workers=False
+        )
 
     def _evaluation_loader(
         self, dataset: AVDataset, max_frames: int, *, persistent_workers: bool
@@ -200,7 +174,7 @@ class DataModule(pl.LightningDataModule):
         return ClipLoader(
             dataset,
             batch_sampler=sampler,
-            num_workers=self.num_workers,
+            num_workers=self.options.num_workers,
             persistent_workers=persistent_workers,
         )
 
@@ -217,21 +191,23 @@ class DataModule(pl.LightningDataModule):
                 f"{file} holds token ids, which are not those of the pretrained decoder: give "
                 "their SentencePiece model (--sp-model-path), or a list with plain text"
             )
-        self._check_lengths(labels, may_skip=training and self.skip_bad_clips)
+        self._check_lengths(labels, may_skip=training and self.options.skip_bad_clips)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         dataset = AVDataset(
             labels=labels,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
             video_transform=(
-                VideoTransform(subset=subset, crop_size=self.crop_size) if with_video else None
+                VideoTransform(subset=subset, crop_size=self.options.crop_size)
+                if with_video
+                else None
             ),
             audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
             training=training,
-            seed=self.seed,
+            seed=self.options.seed,
             max_frames=self.longest_clip,
             too_long=self.too_long,
-            skip_bad_clips=training and self.skip_bad_clips,
+            skip_bad_clips=training and self.options.skip_bad_clips,
         )
         if not dataset.skip_bad_clips:
             self._check_files(labels)
@@ -247,19 +223,19 @@ class DataModule(pl.LightningDataModule):
         )
 
     def _noise_source(self) -> NoiseSource:
-        if self._noise is None and self.noise_files:
-            self._noise = FileNoise(self.noise_files)
+        if self._noise is None and self.options.noise_file:
+            self._noise = FileNoise(self.options.noise_file)
         elif self._noise is None:
             self._noise = BabbleNoise(
-                self._read_labels(self.train_file or self.test_file),
-                seed=self.seed,
-                skip_bad_clips=self.skip_bad_clips,
+                self._read_labels(self.options.train_file or self.options.test_file),
+                seed=self.options.seed,
+                skip_bad_clips=self.options.skip_bad_clips,
             )
         return self._noise
 
     def _read_labels(self, file: str) -> LabelList:
         if file not in self._labels:
-            self._labels[file] = LabelList(self.root_dir, file)
+            self._labels[file] = LabelList(self.options.root_dir, file)
         return self._labels[file]
 
     def _check_files(self, labels: LabelList) -> None:

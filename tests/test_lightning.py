@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
 from datamodule.data_module import DataModule
+from datamodule.options import DataOptions
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.search_options import SearchOptions
@@ -21,16 +24,16 @@ def text_transform(corpus):
 
 @pytest.fixture
 def data(corpus, text_transform):
-    data = DataModule(
+    options = DataOptions(
         root_dir=str(corpus),
-        streams=("audio",),
-        text_transform=text_transform,
         train_file="train.csv",
         val_file="val.csv",
         test_file="test.csv",
         max_frames=300,
         train_num_buckets=1,
+        num_workers=0,
     )
+    data = DataModule(options, streams=("audio",), text_transform=text_transform)
     data.setup("fit")
     data.setup("test")
     return data
@@ -155,7 +158,7 @@ def test_training_logs_what_it_says(module, data):
 
 def test_training_figures_are_means_over_the_utterances_of_the_epoch(module, data):
     """Of all its batches, whatever their sizes, and of no other epoch."""
-    data.max_frames = 250
+    data.options = replace(data.options, max_frames=250)
     sums = []
 
     class Collect(pl.Callback):
@@ -187,7 +190,7 @@ def test_processes_tell_each_other_what_they_want(module, data):
 def test_validation_is_the_mean_over_utterances_however_they_are_batched(module, data):
     results = []
     for max_frames in (300, 80):
-        data.max_frames = max_frames
+        data.options = replace(data.options, max_frames=max_frames)
         trainer = pl.Trainer(
             accelerator="cpu",
             logger=False,
@@ -205,7 +208,7 @@ def test_validation_leaves_out_what_is_not_finite(module, data, caplog):
         def on_validation_batch_start(self, trainer, module, batch, batch_idx):
             batch["audios"][0] *= float("inf") if batch_idx == 0 else 1
 
-    data.max_frames = 80
+    data.options = replace(data.options, max_frames=80)
     metrics = fit(module, data, callbacks=[SpoilValidation()]).callback_metrics
     assert metrics["loss_val"].isfinite()
     assert metrics["loss_val"] > 0
@@ -248,7 +251,7 @@ class CountWaits(pl.Callback):
 
 def test_a_step_waits_once_for_the_device(model, text_transform, data):
     """To see whether its gradient is finite; a validation batch for its tokens."""
-    data.max_frames = 80
+    data.options = replace(data.options, max_frames=80)
     module = OnPretendedDevice(model, text_transform)
     with Waits() as waits:
         count = CountWaits(waits)
@@ -287,15 +290,16 @@ def test_rate_rises_linearly_and_falls_along_a_cosine():
 
 def test_overfits_four_utterances_to_the_exact_text(corpus, text_transform):
     torch.manual_seed(0)
-    data = DataModule(
+    options = DataOptions(
         root_dir=str(corpus),
-        streams=("audio",),
-        text_transform=text_transform,
         train_file="test.csv",
+        val_file=None,
         test_file="test.csv",
         max_frames=300,
-        noise_files=[str(corpus / "noise" / "babble.wav")],
+        num_workers=0,
+        noise_file=(str(corpus / "noise" / "babble.wav"),),
     )
+    data = DataModule(options, streams=("audio",), text_transform=text_transform)
     data.setup("fit")
     data.setup("test")
     model = E2E.from_keywords(

@@ -1,5 +1,6 @@
 """Makes the parts of a run from its options, for train.py and eval.py alike."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -91,30 +92,20 @@ def build_data(options: Options, modality: str, text_transform: AnyTextTransform
     data, decoder = options.data, options.model.decoder.choice
     train_file = data.train_file
     if train_file and not (Path(data.root_dir) / "labels" / train_file).is_file():
-        train_file = None  # The test data are elsewhere: their babble comes from the test list.
+        # The test data are elsewhere: their babble comes from the test list.
+        data = replace(data, train_file=None)
     hears = "audio" in MODALITIES[modality]
     audio = (options.model.encoders.choice("audio") if hears else None) or EncoderChoice()
     of_ids = decoder.pretrained and data.sp_model_path
     return DataModule(
-        root_dir=data.root_dir,
+        data,
         streams=MODALITIES[modality],
         text_transform=text_transform,
         id_text_transform=build_sentencepiece(data) if of_ids else None,
         takes_ids=not decoder.pretrained,
-        train_file=train_file,
-        val_file=data.val_file,
-        test_file=data.test_file,
-        max_frames=data.max_frames,
-        decode_max_frames=data.decode_max_frames,
-        train_num_buckets=data.train_num_buckets,
-        num_workers=data.num_workers,
-        seed=data.seed,
-        crop_size=data.crop_size,
         audio_normalize=audio.normalized_audio,
         max_seconds=audio.max_seconds,
-        noise_files=data.noise_file or (),
         snr_targets=options.scoring.decode_snr_target if hears else (CLEAN_SNR,),
-        skip_bad_clips=data.skip_bad_clips,
     )
 
 

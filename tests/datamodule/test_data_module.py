@@ -14,6 +14,8 @@ from datamodule import data_module
 from datamodule.data_module import DataModule
 from datamodule.media import MediaError, write_audio
 from datamodule.noise import BabbleNoise, FileNoise
+from datamodule.options import DataOptions
+from espnet.option_tree import from_flat, names
 
 
 @pytest.fixture
@@ -28,9 +30,11 @@ def make(corpus, text_transform):
             "test_file": "text.csv",
             "max_frames": 80,
             "crop_size": 24,
+            "num_workers": 0,
             **kwargs,
         }
-        return DataModule(**kwargs)
+        given = {name: kwargs.pop(name) for name in names(DataOptions) & kwargs.keys()}
+        return DataModule(from_flat(DataOptions, given), **kwargs)
 
     return make_data_module
 
@@ -163,7 +167,7 @@ def test_test_loaders_of_several_snrs(make, tmp_path):
 
     def load(snr_target, seed=0):
         data = make(
-            noise_files=noise_files, snr_targets=(999999, 10, 0), seed=seed, audio_normalize=False
+            noise_file=noise_files, snr_targets=(999999, 10, 0), seed=seed, audio_normalize=False
         )
         data.setup("test")
         return torch.cat([b["audios"].flatten() for b in data.test_dataloader(snr_target)])
@@ -185,14 +189,14 @@ def test_noise_sources(make, tmp_path):
     assert isinstance(noise, BabbleNoise)
     assert data.val_dataset.audio_transform.noise is None
     write_audio(tmp_path / "noise.wav", make_speech(100))
-    data = make(noise_files=[str(tmp_path / "noise.wav")])
+    data = make(noise_file=[str(tmp_path / "noise.wav")])
     data.setup("fit")
     assert isinstance(data.train_dataset.audio_transform.noise, FileNoise)
     data = make(train_file=None, snr_targets=(0,))
     data.setup("test")
     assert isinstance(data.test_datasets[0].audio_transform.noise, BabbleNoise)
     assert len(indices_of(data.test_dataloader())) == 5
-    data = make(streams=("video",), noise_files=["none.wav"])
+    data = make(streams=("video",), noise_file=["none.wav"])
     data.setup()
     assert data.train_dataset.audio_transform is None
 
@@ -217,10 +221,10 @@ def test_missing_list(make):
 
 def test_missing_noise_file(make):
     with pytest.raises(MediaError, match=r"none.wav: no such file"):
-        make(noise_files=["none.wav"]).setup("fit")
+        make(noise_file=["none.wav"]).setup("fit")
     with pytest.raises(MediaError, match=r"none.wav: no such file"):
-        make(noise_files=["none.wav"], snr_targets=(999999, 0)).setup("test")
-    make(noise_files=["none.wav"]).setup("test")
+        make(noise_file=["none.wav"], snr_targets=(999999, 0)).setup("test")
+    make(noise_file=["none.wav"]).setup("test")
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
