@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from datamodule.label_list import LabelList
-from datamodule.media import MediaError, find_audio, read_audio, read_video
+from datamodule.media import MediaError
+from datamodule.sources import FileSource, Source
 from datamodule.transforms import AudioTransform, VideoTransform
 from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE
 
@@ -57,6 +58,7 @@ class AVDataset(Dataset):
         max_frames: Most frames that a clip may really have, whatever its list says.
         too_long: What to do with a longer one, for the error.
         skip_bad_clips: Whether a clip that cannot be read is logged and gives None.
+        source: Where clips come from; None: media files.
 
     Raises:
         ValueError: Both streams are left out.
@@ -76,6 +78,7 @@ class AVDataset(Dataset):
         max_frames: int | None = None,
         too_long: str = "raise --max-frames or remove it",
         skip_bad_clips: bool = False,
+        source: Source | None = None,
     ) -> None:
         if video_transform is None and audio_transform is None:
             raise ValueError("got no video_transform and no audio_transform, expected one or both")
@@ -89,6 +92,7 @@ class AVDataset(Dataset):
         self.max_frames = max_frames
         self.too_long = too_long
         self.skip_bad_clips = skip_bad_clips
+        self.source = source or FileSource()
         if labels.holds_ids:
             labels.check_token_ids(self._id_vocabulary.odim - 2)
 
@@ -182,8 +186,8 @@ class AVDataset(Dataset):
 
     def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         path = self.path(index)
-        video = read_video(path) if self.video_transform else None  # (T, H, W)
-        audio = read_audio(find_audio(path)) if self.audio_transform else None  # (S,)
+        video = self.source.video(path) if self.video_transform else None  # (T, H, W)
+        audio = self.source.audio(path) if self.audio_transform else None  # (S,)
         self._check_length(path, video, audio)
         if video is not None and audio is not None:
             audio = _fit_to_video(audio, len(video), path)

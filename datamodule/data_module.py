@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
-from itertools import islice
 
 import numpy as np
 import pytorch_lightning as pl
@@ -13,16 +11,14 @@ import pytorch_lightning as pl
 from datamodule.av_dataset import AVDataset, Vocabulary
 from datamodule.label_list import LabelList
 from datamodule.loaders import ClipLoader, ResumableLoader
-from datamodule.media import MediaError, find_audio, wav_beside
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.options import DataOptions
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
+from datamodule.sources import build_source
 from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
 from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
 
 log = logging.getLogger(__name__)
-
-MOST_LISTED = 8  # entries of a folder for each file that is looked for in it
 
 
 class DataModule(pl.LightningDataModule):
@@ -82,6 +78,7 @@ class DataModule(pl.LightningDataModule):
         self.test_datasets: dict[float, AVDataset] = {}  # by SNR
         self._labels: dict[str, LabelList] = {}
         self._noise: NoiseSource | None = None
+        self._source = build_source(options)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check what a stage needs, unless it has been read.
@@ -195,6 +192,7 @@ class DataModule(pl.LightningDataModule):
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         dataset = AVDataset(
             labels=labels,
+            source=self._source,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
             video_transform=(
@@ -210,7 +208,7 @@ class DataModule(pl.LightningDataModule):
             skip_bad_clips=training and self.options.skip_bad_clips,
         )
         if not dataset.skip_bad_clips:
-            self._check_files(labels)
+            self._source.check(labels, with_video=with_video)
         return dataset
 
     def _audio_transform(self, subset: str, snr_target: float | None) -> AudioTransform:
@@ -228,6 +226,7 @@ class DataModule(pl.LightningDataModule):
         elif self._noise is None:
             self._noise = BabbleNoise(
                 self._read_labels(self.options.train_file or self.options.test_file),
+                self._source,
                 seed=self.options.seed,
                 skip_bad_clips=self.options.skip_bad_clips,
             )
@@ -237,24 +236,6 @@ class DataModule(pl.LightningDataModule):
         if file not in self._labels:
             self._labels[file] = LabelList(self.options.root_dir, file)
         return self._labels[file]
-
-    def _check_files(self, labels: LabelList) -> None:
-        """Refuse a list whose files are missing; what is in them is seen when they are read.
-
-        Folders are listed, which takes much less time than to ask for their files one by one; that
-        is left for the files that were not seen.
-        """
-        with_video = "video" in self.streams
-        unseen: list[int] = []
-        for folder, indices, names in labels.folders():
-            seen = _files_in(folder, limit=MOST_LISTED * len(names))
-            for index, name in zip(indices.tolist(), names, strict=True):
-                if name not in seen and (with_video or wav_beside(name) not in seen):
-                    unseen.append(index)
-        for index in sorted(unseen):
-            path = labels.path(index) if with_video else find_audio(labels.path(index))
-            if not os.path.isfile(path):
-                raise MediaError(path, f"it does not exist, but {labels.where(index)} names it")
 
     def _check_lengths(self, labels: LabelList, *, may_skip: bool) -> None:
         too_long = labels.longer_than(self.longest_clip)
@@ -268,12 +249,3 @@ class DataModule(pl.LightningDataModule):
         if not may_skip or len(too_long) == len(labels):
             raise ValueError(message)
         log.warning("left out %d clips that are too long; the first is %s", len(too_long), message)
-
-
-def _files_in(folder: str, *, limit: int) -> set[str]:
-    """List the files among the first `limit` entries of a folder; none if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in islice(entries, limit) if entry.is_file()}
-    except OSError:
-        return set()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from datamodule.label_list import LabelList
-from datamodule.media import MediaError, find_audio, read_audio
+from datamodule.media import MediaError, read_audio
+from datamodule.sources import FileSource, Source
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class BabbleNoise:
 
     Args:
         labels: The list that the utterances come from.
+        source: Where clips come from; None: media files.
         seed: Seed of the choice of the bank.
         bank_size: Number of utterances in the bank.
         num_voices: Number of utterances that speak at once.
@@ -72,6 +74,7 @@ class BabbleNoise:
     def __init__(
         self,
         labels: LabelList,
+        source: Source | None = None,
         *,
         seed: int,
         bank_size: int = 64,
@@ -84,6 +87,7 @@ class BabbleNoise:
         self._voices: dict[str, torch.Tensor] = {}
         self._num_voices = num_voices
         self._skip_bad_clips = skip_bad_clips
+        self._source = source or FileSource()
 
     def sample(
         self,
@@ -112,7 +116,7 @@ class BabbleNoise:
         """Return a clip at unit loudness, float32 (S,), empty if it is silent or skipped."""
         if path not in self._voices:
             try:
-                samples = read_audio(find_audio(path))
+                samples = self._source.audio(path)
             except MediaError as error:
                 if not self._skip_bad_clips:
                     raise

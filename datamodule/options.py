@@ -6,6 +6,7 @@ from typing import ClassVar
 from espnet.option_tree import COUNT, NATURAL, option
 
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
+SOURCES = ("files",)
 TRAINING = ("train",)
 
 
@@ -16,6 +17,7 @@ class DataOptions:
     title: ClassVar[str] = "data"
 
     root_dir: str | None = option(None, "root of the data; label lists are in ROOT_DIR/labels")
+    data_source: str = option("files", "what the clips of the lists are in", choices=SOURCES)
     train_file: str | None = option(None, "training label list", scripts=TRAINING)
     val_file: str = option(DEFAULT_LIST, "validation label list", scripts=TRAINING)
     test_file: str | None = option(

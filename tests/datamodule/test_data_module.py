@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from media_files import make_speech
 
-from datamodule import data_module
+from datamodule import sources
 from datamodule.data_module import DataModule
 from datamodule.media import MediaError, write_audio
 from datamodule.noise import BabbleNoise, FileNoise
@@ -326,7 +326,7 @@ def test_a_link_to_nothing_and_a_missing_folder_are_missing_files(make, folders)
 
 @pytest.mark.parametrize("most_listed", [0, 1, 8])
 def test_files_in_crowded_folders_are_found_too(make, folders, monkeypatch, most_listed):
-    monkeypatch.setattr(data_module, "MOST_LISTED", most_listed)
+    monkeypatch.setattr(sources, "MOST_LISTED", most_listed)
     for number in range(200):
         (folders / "0" / f"other{number}.mp4").touch()
     data = {"train_file": "folders.csv", "val_file": None}
