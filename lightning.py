@@ -118,6 +118,7 @@ class ModelModule(pl.LightningModule):
         if batch_idx == 0:
             sums = len(TRAINING_SUMS) + 1 + len(COUNTS)
             self._training_sums = torch.zeros(sums, dtype=torch.float64, device=self.device)
+        self.model.ctc_alone = self.current_epoch < self.training_options.ctc_first_epochs
         entropy = [self.seed, self.current_epoch, batch_idx, self.global_rank]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:

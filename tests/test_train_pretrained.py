@@ -1,5 +1,6 @@
 """The entry scripts with pretrained encoders: a run, its checkpoints, its scoring, mistakes."""
 
+import csv
 import json
 import re
 import shutil
@@ -454,6 +455,21 @@ def test_mistakes_about_decoders_are_one_line(
     error = error_of(capsys, train, with_decoder("mistake", decoder, *options))
     assert re.search(message, error), error
     assert not (Path(with_decoder("x", "llama")[1]) / "mistake").exists()
+
+
+def test_ctc_is_trained_alone_at_first(with_decoder):
+    words = with_decoder("ctc_first", "llama", "--llama-conditioning", "prefix")
+    train.main([*words, "--llama-prefix-ctc", "--ctc-first-epochs", "1", "--max-epochs", "2"])
+    with (Path(words[1]) / "ctc_first" / "metrics.csv").open() as file:
+        first, second = csv.DictReader(file)
+    assert float(first["loss_att"]) == 0 < float(first["loss_ctc"])
+    assert float(second["loss_att"]) > 0
+    assert float(first["loss_att_val"]) > 0  # Validation compares epochs by the whole loss.
+
+
+def test_ctc_first_needs_ctc(with_decoder, capsys):
+    words = with_decoder("mistake", "llama", "--ctc-first-epochs", "1")
+    assert "but CTC has no share of the loss: give --ctc-weight" in error_of(capsys, train, words)
 
 
 def test_a_prompt_without_a_prefix_is_refused(with_decoder, capsys):

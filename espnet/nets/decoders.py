@@ -141,6 +141,12 @@ class DecoderOptions:
         metavar="N",
         needs=OF_PREFIX,
     )
+    llama_prefix_ctc: bool = option(
+        False,
+        "CTC's loss is that of the prefix, over the language model's embeddings of the tokens of a "
+        "batch, and there is no CTC layer: a language model then listens early",
+        needs=OF_PREFIX,
+    )
     llama_prompt: str = option(
         "Transcribe speech to text.", "instruction between prefix and text", needs=OF_PREFIX
     )

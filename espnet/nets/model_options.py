@@ -44,7 +44,8 @@ class ModelOptions:
     )
     ctc_weight: float | None = option(
         None,
-        "CTC's share of the loss; 0: no CTC layer (default: 0.1, but 0 for pretrained decoders)",
+        "CTC's share of the loss; 0: no CTC layer (default: 0.1, but 0 for pretrained decoders, "
+        "and 0.2 with --llama-prefix-ctc)",
         kind=PROBABILITY,
     )
     modality_dropout: tuple[float, float] = option(
@@ -63,6 +64,18 @@ class ModelOptions:
     )
     decoder: DecoderOptions = branch(DecoderOptions)
     adaptation: AdaptationOptions = branch(AdaptationOptions)
+
+    @property
+    def ctc_share(self) -> float:
+        """CTC's share of the loss."""
+        if self.ctc_weight is not None:
+            return self.ctc_weight
+        return 0.2 if self.decoder.llama_prefix_ctc else self.decoder.choice.ctc_weight
+
+    @property
+    def has_ctc_layer(self) -> bool:
+        """Whether there is a CTC layer over the memory, which a search can use."""
+        return bool(self.ctc_share) and not self.decoder.llama_prefix_ctc
 
     def resolved(self) -> "ModelOptions":
         """The same, with all that follows from the rest but what only a checkpoint tells.
@@ -83,7 +96,7 @@ class ModelOptions:
             adaptation=self.adaptation.resolved(encoders, decoder),
             elayers=elayers,
             adim=_adim(self, encoders, elayers),
-            ctc_weight=choice.ctc_weight if self.ctc_weight is None else self.ctc_weight,
+            ctc_weight=self.ctc_share,
             label_smoothing=smoothing if self.label_smoothing is None else self.label_smoothing,
         )
 
@@ -112,6 +125,8 @@ def model_problems(options: ModelOptions) -> list[str]:
     attends = elayers or not options.decoder.choice.pretrained  # with so many heads
     if attends and adim is not None and (adim % options.aheads or adim % 2):
         problems.append(f"--adim {adim} must be even and a multiple of --aheads {options.aheads}")
+    if options.decoder.llama_prefix_ctc and not options.ctc_share:
+        problems.append("--llama-prefix-ctc contradicts --ctc-weight 0: leave one out")
     if options.cnn_module_kernel % 2 == 0:
         problems.append(f"--cnn-module-kernel {options.cnn_module_kernel} must be odd")
     if sum(options.modality_dropout) > 1:

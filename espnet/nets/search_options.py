@@ -56,7 +56,7 @@ class SearchOptions:
             raise ValueError("; ".join(problems))
         choice, weight, stop = model.decoder.choice, self.ctc_decode_weight, self.stop_repeats
         if weight is None:
-            weight = 0.1 if model.ctc_weight else 0.0
+            weight = 0.1 if model.has_ctc_layer else 0.0
         return replace(
             self,
             beam_size=self.beam_size or choice.beam_size,
@@ -76,12 +76,10 @@ def search_problems(options: SearchOptions, model: ModelOptions) -> list[str]:
         A sentence a problem; empty if there is none.
     """
     problems = value_problems(options)
-    ctc_weight = model.ctc_weight
-    if ctc_weight is None:
-        ctc_weight = model.decoder.choice.ctc_weight
-    if options.ctc_decode_weight and not ctc_weight:
+    if options.ctc_decode_weight and not model.has_ctc_layer:
+        without = "--llama-prefix-ctc" if model.ctc_share else "--ctc-weight 0"
         problems.append(
-            f"--ctc-decode-weight {options.ctc_decode_weight:g}, but a model of --ctc-weight 0 has "
-            "no CTC layer: leave it out, or train with CTC"
+            f"--ctc-decode-weight {options.ctc_decode_weight:g}, but a model of {without} has no "
+            "CTC layer: leave it out, or train with CTC"
         )
     return problems

@@ -51,6 +51,11 @@ def training_problems(options: Options) -> list[str]:
             "--optimizer adamw8bit needs bitsandbytes, but it is not installed: "
             f"{install_command('bitsandbytes')}"
         )
+    if training.ctc_first_epochs and not options.model.ctc_share:
+        problems.append(
+            f"--ctc-first-epochs {training.ctc_first_epochs}, but CTC has no share of the loss: "
+            "give --ctc-weight, or --llama-prefix-ctc"
+        )
     if training.warmup_epochs > training.max_epochs:
         problems.append(
             f"--warmup-epochs {training.warmup_epochs:g} is more than --max-epochs "

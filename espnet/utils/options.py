@@ -107,6 +107,12 @@ class TrainingOptions:
     transfer_encoder: bool = of_training(False, "take only its encoder's weights")
     max_epochs: int = of_training(75, kind=COUNT)
     warmup_epochs: float = of_training(5.0, "of rising rate", kind=NON_NEGATIVE)
+    ctc_first_epochs: int = of_training(
+        0,
+        "epochs at the start in which CTC is trained alone, without the decoder",
+        kind=NATURAL,
+        metavar="N",
+    )
     optimizer: str = of_training(
         "adamw", "adamw8bit: moments in 8 bits, by bitsandbytes", choices=OPTIMIZERS
     )

@@ -120,7 +120,6 @@ def demo_options(given: ModelOptions) -> dict[str, Any]:
     if are_one(encoders, given.decoder):  # Its sizes are the checkpoint's.
         for name in ("adim", "aheads", "eunits", "elayers", "dunits", "dlayers"):
             del options[name]
-    share = given.decoder.choice.ctc_weight if given.ctc_weight is None else given.ctc_weight
-    if not share:  # Without a CTC layer, the search can give it no share either.
+    if not given.has_ctc_layer:  # Without a CTC layer, the search can give it no share either.
         del options["ctc_weight"], options["ctc_decode_weight"]
     return options

@@ -176,6 +176,7 @@ def build_decoder(
             conditioning=decoder.llama_conditioning,
             cross_every=decoder.llama_cross_every,
             downsample=decoder.llama_downsample,
+            prefix_ctc=decoder.llama_prefix_ctc,
             **pretrained,
         )
     elif name == "whisper":
@@ -206,6 +207,7 @@ class E2E(FreezableModule):
 
     Attributes:
         options: Resolved.
+        ctc_alone: Whether training leaves out the decoder's loss for now.
 
     Raises:
         ValueError: If options contradict each other or do not fit the vocabulary, a checkpoint
@@ -221,6 +223,7 @@ class E2E(FreezableModule):
         self.streams = encoders.streams
         self.fused_streams = ("audio",) if decoder.whisper_gated_video else self.streams
         self.ctc_weight = options.ctc_weight
+        self.ctc_alone = False
         self.ignore_id = ignore_id
         self.label_smoothing = options.label_smoothing
         self.modality_dropout = options.modality_dropout
@@ -265,7 +268,7 @@ class E2E(FreezableModule):
                 f"needs {self.decoder.odim}: take the tokenizer of this checkpoint"
             )
         self.ctc = None
-        if self.ctc_weight:
+        if options.has_ctc_layer:
             self.ctc = CTC(
                 odim=self.odim,
                 encoder_dim=adim + video_dim,
@@ -382,6 +385,12 @@ class E2E(FreezableModule):
         loss_ctc = memory.new_zeros(())
         if self.ctc is not None:
             loss_ctc = self.ctc(join_video(memory, video), lengths, targets)
+        elif self.ctc_weight:
+            loss_ctc = self.decoder.prefix_loss(memory, lengths, targets)
+        if self.ctc_alone and self.training:
+            # Processes that train together wait for a gradient of every parameter.
+            nothing = sum(p.sum() * 0.0 for p in self.decoder.parameters() if p.requires_grad)
+            return loss_ctc + nothing, loss_ctc, nothing, loss_ctc.new_zeros(())
         loss_att, accuracy = self._decoder_loss(encoded, targets)
         loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
         return loss, loss_ctc, loss_att, accuracy

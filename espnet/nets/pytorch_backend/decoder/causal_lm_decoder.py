@@ -18,6 +18,7 @@ from espnet.nets.pytorch_backend.decoder.causal_lm_layers import (
 )
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
 from espnet.nets.pytorch_backend.decoder.memory_prefix import MemoryPrefix, join
+from espnet.nets.pytorch_backend.decoder.prefix_ctc import PrefixCTC
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 from espnet.nets.pytorch_backend.real_frames import RealFrames
@@ -74,6 +75,7 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         conditioning: `cross-attention` or `prefix`.
         cross_every: Layers from one block of cross-attention to the next.
         downsample: Frames in an embedding of the prefix.
+        prefix_ctc: Whether the prefix has a `PrefixCTC`, for `prefix_loss`.
         freeze: Whether the weights of the checkpoint stay as they are; it then stays in eval mode
             too. What is new is trained in any case.
         gradient_checkpointing: Whether layers are computed again for their gradients.
@@ -105,6 +107,7 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         conditioning: str = "cross-attention",
         cross_every: int = 4,
         downsample: int = 3,
+        prefix_ctc: bool = False,
         freeze: bool = True,
         gradient_checkpointing: bool = True,
         dropout_rate: float = 0.1,
@@ -160,6 +163,8 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
                 downsample=downsample,
                 embedding_rms=float(norm) / embeddings.numel() ** 0.5,
             )
+            if prefix_ctc:
+                self.prefix_ctc = PrefixCTC(embeddings)
         else:
             self.cross_attention.extend(
                 GatedCrossAttention(
@@ -167,6 +172,21 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
                 )
                 for _ in range(0, config.num_hidden_layers, cross_every)
             )
+
+    def prefix_loss(self, memory: Tensor, memory_lengths: Tensor, targets: Tensor) -> Tensor:
+        """CTC loss between the prefix and texts, of a decoder with `prefix_ctc`.
+
+        Args:
+            memory: Encoder output, (B, T, memory_dim), padded with anything.
+            memory_lengths: Real frames, (B,), on the host.
+            targets: Token ids, (B, U), padded with `IGNORE_ID`, on the host.
+
+        Returns:
+            Mean over the utterances.
+        """
+        prefix, lengths = self.memory_prefix(memory, memory_lengths)
+        embed = self.backbone.get_input_embeddings()
+        return self.prefix_ctc(prefix, lengths, targets, embed, self.first_token)
 
     def max_tokens(self, frames: int) -> int:
         """Most tokens of a text after a memory of so many frames."""

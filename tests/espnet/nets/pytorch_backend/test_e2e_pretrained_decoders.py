@@ -391,3 +391,27 @@ def test_gated_video_has_a_length_of_its_own(make, transforms):
     spoilt[1, 0] = 9.0
     again = model.decoder(tokens, encoded.memory, encoded.lengths, video)
     assert (again[1] - together[1]).abs().max() > 1e-3
+
+
+def test_ctc_of_the_prefix_takes_the_place_of_a_ctc_layer(make, transforms):
+    model = make("llama_prefix", llama_prefix_ctc=True, llama_downsample=1)
+    assert model.ctc is None
+    assert model.ctc_weight == 0.2
+    x, lengths, targets = batch(transforms["llama_prefix"], ("at f", "by g"))
+    loss, loss_ctc, loss_att, _ = model(x, lengths, targets)
+    torch.testing.assert_close(loss, 0.2 * loss_ctc + 0.8 * loss_att)
+    encoded = model.eval().encode(x, lengths)
+    expected = model.decoder.prefix_loss(encoded.memory, encoded.lengths, targets)
+    torch.testing.assert_close(model(x, lengths, targets)[1], expected)
+    model.train().ctc_alone = True
+    model.decoder.features = None  # It is not asked.
+    loss, loss_ctc, loss_att, accuracy = model(x, lengths, targets)
+    assert loss == loss_ctc > 0
+    assert loss_att == accuracy == 0
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="--llama-prefix-ctc contradicts --ctc-weight 0"):
+        make("llama_prefix", llama_prefix_ctc=True, ctc_weight=0.0)
+    with pytest.raises(ValueError, match="--ctc-decode-weight 0.1, but a model of --llama-prefix-"):
+        SearchOptions(ctc_decode_weight=0.1).resolved(model.options)
+    assert SearchOptions().resolved(model.options).ctc_decode_weight == 0.0
