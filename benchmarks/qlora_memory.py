@@ -27,47 +27,50 @@ training takes beside the weights.
 import json
 import subprocess
 import sys
-import tempfile
 from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, WhisperForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import decode, encoders
+from benchmarks import checkpoints, memory
+from benchmarks.checkpoints import ENCODER_CLASSES, TITLES
+from benchmarks.common import TableRow, device_parser, parse, print_facts, print_table, verdict
+from benchmarks.noise import FRAMES_PER_SECOND, make_batch, make_utterances
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.qlora_utils import (
     OUTPUT_LAYERS,
     parameter_report,
     quantize_4bit,
     trainable_parameters,
 )
-from espnet.utils.tiny_checkpoints import LLAMA3_ROPE
 
-STATUS = Path("/proc/self/status")
 WEIGHT_TARGET = 0.3  # of the bytes in bfloat16
 GPU_TARGET = 12e9  # bytes
 STEPS = 2  # the moments are there in the second one
-FRAME_RATE = 25  # Hz
 TOKEN_RATE = 4  # tokens a second of speech
 FULL_BYTES = 16  # of a parameter that is trained in float32: itself, its gradient, two moments
 LARGEST = 64e9  # bytes of LLaMA alone with which it is trained in full
+HEAD_OF_WEIGHTS = (
+    *("part", "linear layers in 4 bits (MB)", "in bfloat16 (MB)", "ratio", "target"),
+    *("whole part (MB)", "ratio", "left alone (MB)"),
+)
+HEAD_OF_STEPS = (
+    *("what", "trained", "trained parameters", "weights (GB)", "before (GB)"),
+    *("peak of loading (GB)", "peak of the steps (GB)", "target"),
+)
 FRAMES = {  # of the utterances of a batch
     "cpu": (100, 92, 60, 48),
     "cuda": (200, 180, 160, 140, 110, 90, 70, 50),
@@ -75,7 +78,7 @@ FRAMES = {  # of the utterances of a batch
 
 
 @dataclass(frozen=True)
-class WeightRow:
+class WeightRow(TableRow):
     """A part's bytes in 4 bits and in bfloat16.
 
     Attributes:
@@ -99,22 +102,18 @@ class WeightRow:
         """The ratio that the target is for."""
         return self.linear / self.linear_bfloat16
 
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        left_alone = ", ".join(
-            f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()
-        )
-        cells = [
+    def cells(self) -> list[str]:
+        """What its columns hold."""
+        return [
             self.part,
             _megabytes(self.linear),
             _megabytes(self.linear_bfloat16),
             f"{self.ratio:.3f}",
-            f"at most {WEIGHT_TARGET:.2f}: {_verdict(self.ratio <= WEIGHT_TARGET)}",
+            f"at most {WEIGHT_TARGET:.2f}: {verdict(self.ratio <= WEIGHT_TARGET)}",
             f"{_megabytes(self.whole)} of {_megabytes(self.whole_bfloat16)}",
             f"{self.whole / self.whole_bfloat16:.3f}",
-            left_alone,
+            ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()),
         ]
-        return f"| {' | '.join(cells)} |"
 
 
 def measure_weights(part: str, module: nn.Module) -> WeightRow:
@@ -179,15 +178,13 @@ def published_parts() -> dict[str, Callable[[], nn.Module]]:
     """What builds the parts that can be in 4 bits, with random weights, by their names."""
 
     def encoder(name: str) -> nn.Module:
-        with encoders.checkpoint(name) as folder:
-            return encoders.load_encoder(name, folder, torch.device("cpu")).backbone
+        with checkpoints.encoder_checkpoint(name) as folder:
+            return ENCODER_CLASSES[name](folder).backbone
 
-    whisper = decode.whisper_checkpoint().config
-    llama = decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS).config
-    titles = {**encoders.TITLES, "whisper": f"{encoders.TITLES['whisper']}, encoder"}
+    titles = {**TITLES, "whisper": f"{TITLES['whisper']}, encoder"}
     return {title: partial(encoder, name) for name, title in titles.items()} | {
-        "Whisper small, decoder": partial(WhisperForCausalLM, whisper),
-        "Llama-3.2-1B": partial(random_llama, llama),
+        "Whisper small, decoder": partial(WhisperForCausalLM, checkpoints.whisper().config),
+        "Llama-3.2-1B": partial(random_llama, checkpoints.llama("prefix").config),
         "Conformer, 12 blocks": partial(
             ConformerEncoder,
             attention_dim=768,
@@ -235,7 +232,7 @@ class Case:
 
     title: str
     encoders: tuple[str, ...]
-    llama: decode.Checkpoint
+    llama: checkpoints.Checkpoint
     ways: Mapping[str, Mapping[str, Any]]
     target: float | None = None
 
@@ -275,7 +272,7 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class StepRow:
+class StepRow(TableRow):
     """A row of the second table.
 
     Attributes:
@@ -290,20 +287,18 @@ class StepRow:
     memory: StepMemory | str
     target: float | None = None
 
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        cells = [self.case, self.way]
-        if isinstance(self.memory, str):
-            return f"| {' | '.join([*cells, *([''] * 5), self.memory])} |"
-        memory = self.memory
+    def cells(self) -> list[str]:
+        """What its columns hold."""
+        cells, memory = [self.case, self.way], self.memory
+        if isinstance(memory, str):
+            return [*cells, *([""] * 5), memory]
         cells.append(f"{memory.trained:,} of {memory.total:,}")
         for size in (memory.weights, memory.before, memory.loading, memory.steps):
             cells.append(_gigabytes(size))
         if self.target is None:
-            return f"| {' | '.join([*cells, ''])} |"
+            return [*cells, ""]
         reached = max(memory.loading, memory.steps) < self.target
-        cells.append(f"under {self.target / 1e9:g} GB: {_verdict(reached)}")
-        return f"| {' | '.join(cells)} |"
+        return [*cells, f"under {self.target / 1e9:g} GB: {verdict(reached)}"]
 
 
 NO_CONFORMER = {"elayers": 0}
@@ -327,7 +322,7 @@ def cases(device: str) -> dict[str, Case]:
         case = Case(
             "Whisper small, Llama-3.2-1B with 4 of 16 layers",
             ("whisper",),
-            decode.llama_checkpoint("prefix", 4),
+            checkpoints.llama("prefix", layers=4),
             {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA},
         )
         return {"1b": case}
@@ -336,13 +331,13 @@ def cases(device: str) -> dict[str, Case]:
         "1b": Case(
             "CLIP ViT-B/16, Whisper small, Llama-3.2-1B",
             ("clip", "whisper"),
-            decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS),
+            checkpoints.llama("prefix"),
             {"full": full(*parts), "LoRA": LORA, "QLoRA": QLORA},
         ),
         "8b": Case(
             "CLIP ViT-B/16 in chunks of 32 frames, Whisper small, Llama-3.1-8B",
             ("clip", "whisper"),
-            llama_8b_checkpoint(),
+            checkpoints.llama_8b(),
             {
                 "full": full(*parts),
                 "LoRA": {**LORA, **SMALL_CHUNKS},
@@ -354,28 +349,8 @@ def cases(device: str) -> dict[str, Case]:
     }
 
 
-def llama_8b_checkpoint() -> decode.Checkpoint:
-    """Describes a LLaMA in the shape of meta-llama/Llama-3.1-8B."""
-    smaller = decode.llama_checkpoint("prefix", 32)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=smaller.config.bos_token_id,
-        eos_token_id=smaller.config.eos_token_id,
-    )
-    return decode.Checkpoint("Llama-3.1-8B", config, smaller.prompt, smaller.eos)
-
-
 @contextmanager
-def checkpoints(case: Case) -> Iterator[dict[str, Any]]:
+def saved_case(case: Case) -> Iterator[dict[str, Any]]:
     """Writes the checkpoints of a recogniser.
 
     Args:
@@ -399,10 +374,9 @@ def checkpoints(case: Case) -> Iterator[dict[str, Any]]:
         for name in case.encoders:
             part = "vision_encoder" if name in VISION_ENCODERS else "audio_encoder"
             options[part] = name
-            options[f"{part}_name"] = stack.enter_context(encoders.checkpoint(name))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        random_llama(llama.config).save_pretrained(folder)
-        yield options | {"decoder_name": folder}
+            options[f"{part}_name"] = stack.enter_context(checkpoints.encoder_checkpoint(name))
+        options["decoder_name"] = stack.enter_context(checkpoints.saved(random_llama(llama.config)))
+        yield options
 
 
 def measure_case(case: Case, frames: tuple[int, ...], device: str) -> Iterator[StepRow]:
@@ -416,7 +390,7 @@ def measure_case(case: Case, frames: tuple[int, ...], device: str) -> Iterator[S
     Yields:
         Rows of the second table.
     """
-    with checkpoints(case) as options:
+    with saved_case(case) as options:
         for way, more in case.ways.items():
             if reason := too_large(case, more):
                 yield StepRow(case.title, way, reason)
@@ -482,12 +456,12 @@ def carry_out(plan: Plan, device: torch.device) -> StepMemory:
         What it took.
     """
     torch.manual_seed(0)
-    x, lengths, targets = make_batch(plan, device)
-    before = Memory.since_start(device).now
+    batch = batch_of(plan, device)
+    before = memory.in_use(device)
     model = E2E(**plan.options).to(device)
-    loading = Memory.since_start(device).peak
-    forget_peak(device)
-    train(model, (x, lengths, targets), device)
+    loading = memory.peak(device)
+    memory.forget_peak(device)
+    train(model, batch, device)
     report = parameter_report(model)
     return StepMemory(
         trained=report.trainable,
@@ -495,42 +469,19 @@ def carry_out(plan: Plan, device: torch.device) -> StepMemory:
         weights=report.bytes,
         before=before,
         loading=loading,
-        steps=Memory.since_start(device).peak,
+        steps=memory.peak(device),
     )
 
 
-def make_batch(
+def batch_of(
     plan: Plan, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Makes a batch as the data module does: noise, padded with zeros, and random tokens.
-
-    Args:
-        plan: Tells lengths, streams and vocabulary.
-        device: Where it is to be.
-
-    Returns:
-        What `E2E.forward` takes: streams, their lengths, and targets padded with -1.
-    """
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.tensor(plan.frames)
-
-    def noise(lengths: Tensor, *shape: int) -> Tensor:
-        waves = [torch.randn(length, *shape, generator=generator) for length in lengths.tolist()]
-        return pad_sequence(waves, batch_first=True).to(device)
-
-    samples = frames * SAMPLES_PER_FRAME
-    x = {"audio": 0.1 * noise(samples, 1)}
-    lengths = {"audio": samples.to(device)}
-    if plan.options["modality"] == "audiovisual":
-        x["video"] = noise(frames, 1, encoders.CROP, encoders.CROP)
-        lengths["video"] = frames.to(device)
-    last = plan.options["eos"] - 1  # Special tokens follow the others.
-    tokens = [
-        torch.randint(1, last, (count,), generator=generator)
-        for count in (frames * TOKEN_RATE // FRAME_RATE).tolist()
-    ]
-    targets = pad_sequence(tokens, batch_first=True, padding_value=-1).to(device)
-    return x, lengths, targets
+    """Makes the batch of a plan, of the streams that its model takes."""
+    tokens = [frames * TOKEN_RATE // FRAMES_PER_SECOND for frames in plan.frames]
+    # Special tokens follow the others.
+    utterances = make_utterances(plan.frames, tokens, vocabulary=plan.options["eos"] - 1)
+    streams = ("video", "audio") if plan.options["modality"] == "audiovisual" else ("audio",)
+    return make_batch(utterances, device, streams)
 
 
 def train(
@@ -559,37 +510,6 @@ def train(
         optimizer.zero_grad()
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory in bytes: resident on a CPU, of tensors on a GPU.
-
-    Attributes:
-        now: What is in use.
-        peak: The most since the start, or since `forget_peak`.
-    """
-
-    now: int
-    peak: int
-
-    @classmethod
-    def since_start(cls, device: torch.device) -> "Memory":
-        """Reads it."""
-        if device.type == "cuda":
-            return cls(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
-        # `getrusage` would not do: its peak may be that of the process that started this one.
-        lines = STATUS.read_text().splitlines()
-        sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
-        return cls(*(1024 * int(sizes[key].removesuffix("kB")) for key in ("VmRSS", "VmHWM")))
-
-
-def forget_peak(device: torch.device) -> None:
-    """Makes the peak what is in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f}"
 
@@ -598,19 +518,9 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def _verdict(reached: bool) -> str:
-    return "yes" if reached else "no"
-
-
 def build_parser() -> ArgumentParser:
     """Builds the command line's parser."""
-    parser = ArgumentParser(description="Measure the memory that QLoRA takes and saves.")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute (default: %(default)s)",
-    )
+    parser = device_parser("Measure the memory that QLoRA takes and saves.")
     parser.add_argument(
         "--table", choices=["weights", "steps"], help="print this table only (default: both)"
     )
@@ -623,43 +533,29 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def print_weights(device: torch.device) -> None:
-    """Measures the parts one after the other, and prints the first table."""
-    print("| part | linear layers in 4 bits (MB) | in bfloat16 (MB) | ratio | target |", end="")
-    print(" whole part (MB) | ratio | left alone (MB) |")
-    print(f"|{'---|' * 8}", flush=True)
+def measure_parts(device: torch.device) -> Iterator[WeightRow]:
+    """Measures the parts that can be in 4 bits one after the other."""
     for part, build in published_parts().items():
-        print(measure_weights(part, build().to(device, torch.bfloat16)), flush=True)
+        yield measure_weights(part, build().to(device, torch.bfloat16))
 
 
-def print_steps(device: str, llama: str | None) -> None:
-    """Trains the recognisers, all or those with one LLaMA, and prints the second table."""
-    frames = FRAMES[device]
-    print(
-        f"{len(frames)} utterances, {sum(frames)} video frames, {sum(frames) / FRAME_RATE:g} s "
-        f"of audio; without padding; no Conformer unless it is named; {STEPS} steps\n"
-    )
-    print("| what | trained | trained parameters | weights (GB) | before (GB) |", end="")
-    print(" peak of loading (GB) | peak of the steps (GB) | target |")
-    print(f"|{'---|' * 8}", flush=True)
+def measure_steps(device: str, llama: str | None) -> Iterator[StepRow]:
+    """Trains the recognisers, all or those with one LLaMA."""
     for size, case in cases(device).items():
         if llama in (None, size):
-            for row in measure_case(case, frames, device):
-                print(row, flush=True)
+            yield from measure_case(case, FRAMES[device], device)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but PyTorch finds no GPU: choose --device cpu")
-    if options.device == "cpu" and options.table != "weights" and not STATUS.exists():
-        parser.error(f"{STATUS} is missing, where Linux tells the peak: choose --table weights")
+    options, device = parse(parser, argv)
+    status = memory.PROCESS / "status"
+    if options.device == "cpu" and options.table != "weights" and not status.exists():
+        parser.error(f"{status} is missing, where Linux tells the peak: choose --table weights")
     if options.llama and options.llama not in cases(options.device):
         parser.error(f"--llama {options.llama} needs --device cuda")
     transformers_logging.disable_progress_bar()
-    device = torch.device(options.device)
     if options.plan:
         try:
             result = asdict(carry_out(Plan(**json.loads(options.plan)), device))
@@ -667,18 +563,19 @@ def main(argv: list[str] | None = None) -> None:
             result = f"out of memory: {str(error).splitlines()[0]}"
         print(json.dumps(result))
         return
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, bitsandbytes "
-        f"{version('bitsandbytes')}, peft {version('peft')}, {where}, {torch.get_num_threads()} "
-        "CPU threads\n"
-    )
+    print_facts(device, "transformers", "bitsandbytes", "peft")
     if options.table != "steps":
-        print_weights(device)
+        print_table(HEAD_OF_WEIGHTS, measure_parts(device))
     if options.table is None:
         print()
     if options.table != "weights":
-        print_steps(options.device, options.llama)
+        frames = FRAMES[options.device]
+        print(
+            f"{len(frames)} utterances, {sum(frames)} video frames, "
+            f"{sum(frames) / FRAMES_PER_SECOND:g} s of audio; without padding; no Conformer unless "
+            f"it is named; {STEPS} steps\n"
+        )
+        print_table(HEAD_OF_STEPS, measure_steps(options.device, options.llama))
 
 
 if __name__ == "__main__":

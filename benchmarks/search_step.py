@@ -18,19 +18,17 @@ compared decodes as many tokens.
   keeps of freed memory counts too.
 """
 
-import ctypes
-import gc
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.encoders import Row
-from benchmarks.timing import time_in_turns
+from benchmarks.common import Row, time_in_turns
+from benchmarks.memory import peak_of
+from benchmarks.noise import FRAMES_PER_SECOND, noise
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.hypothesis import Hypothesis
 from espnet.nets.pytorch_backend.ctc import CTC
@@ -40,7 +38,6 @@ from espnet.nets.scorers.ctc import CTCPrefixScorer
 CTC_WEIGHT = 0.1
 FIRST, LAST = 5, 40  # tokens that the timed steps attend to
 MIDDLE = (FIRST + LAST) // 2
-FRAMES_PER_SECOND = 25
 MAX_FRAMES = 1600  # default of --decode-max-frames
 CTC_TARGET = 0.2
 
@@ -102,30 +99,6 @@ WORK = {
 }
 
 
-@dataclass(frozen=True)
-class SearchRow(Row):
-    """A row of the table, in a unit of its own, that tells whether a target is reached."""
-
-    target: float | None
-    unit: str = field(default="ms", kw_only=True)
-
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        limit, comparison = ("at least", " times faster") if self.faster else ("at most", " times")
-        target = ""
-        if self.target is not None:
-            reached = self.ratio >= self.target if self.faster else self.ratio <= self.target
-            target = f"{limit} {self.target:g}{comparison}: {'yes' if reached else 'no'}"
-        cells = [
-            self.what,
-            f"{self.time:.1f} {self.unit}",
-            f"{self.reference:.1f} {self.unit}",
-            f"{self.ratio:.2f}{comparison}",
-            target,
-        ]
-        return f"| {' | '.join(cells)} |"
-
-
 class SearchBenchmark:
     """A decoder, a CTC layer and searches with them.
 
@@ -163,8 +136,7 @@ class SearchBenchmark:
 
     def memory(self, frames: int, seed: int = 0) -> Tensor:
         """Encoder output of an utterance: noise, (T, D)."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(frames, self.size.dim, generator=generator).to(self.device)
+        return noise(frames, self.size.dim, device=self.device, seed=seed)
 
     def search(self, memory: Tensor, tokens: int) -> list[Hypothesis]:
         """N-best list of one utterance (T, D), all of as many tokens."""
@@ -288,7 +260,7 @@ def graph_of(function: Callable[[], Tensor]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[SearchRow]:
+def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[Row]:
     """Times a step of the search of one utterance.
 
     Args:
@@ -313,20 +285,14 @@ def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> I
     ]
     timings = time_in_turns(alternatives, benchmark.device, work.step_repeats)
     first, last, bare, ctc = (timing.milliseconds / steps for timing in timings)
-    title = f"{frames} frames, beam {benchmark.beam_size}"
-    yield SearchRow(
-        f"A step, {title} (reference: {name})", last - first, bare, work.step_target, False
-    )
-    yield SearchRow(
-        f"Its CTC prefix scores, {title} (reference: the step)",
-        ctc,
-        last - first,
-        CTC_TARGET,
-        False,
-    )
+    title, unit = f"{frames} frames, beam {benchmark.beam_size}", "ms"
+    step = last - first
+    yield Row(f"A step, {title} (reference: {name})", step, bare, work.step_target, unit)
+    what = f"Its CTC prefix scores, {title} (reference: the step)"
+    yield Row(what, ctc, step, CTC_TARGET, unit)
 
 
-def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
+def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> Row:
     """Times the search of several utterances at once and one by one.
 
     Args:
@@ -359,13 +325,14 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
     timings = time_in_turns(products, benchmark.device, repeats)
     at_once, bare = (timing.milliseconds for timing in timings)
     shortest, longest = (edge(work.batch_frames) / FRAMES_PER_SECOND for edge in (min, max))
-    return SearchRow(
+    return Row(
         f"{count} utterances of {shortest:.1f} to {longest:.1f} s at once, {tokens} tokens each, "
         "an utterance (reference: one by one)",
         together,
         alone,
         work.batch_target,
-        True,
+        "ms",
+        faster=True,
         notes=[
             f"at once and one by one, the best hypotheses of {same} of {count} utterances have the "
             f"same tokens; every hypothesis has {tokens}",
@@ -375,36 +342,7 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
     )
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most memory that a call takes beside what is there before.
-
-    Args:
-        function: What is called.
-        device: Where it computes. On a CPU, the pages of the process count, as Linux tells.
-
-    Returns:
-        Bytes.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # Freed memory that is used again would not count.
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = _resident_bytes("VmHWM")
-    function()
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[SearchRow]:
+def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Row]:
     """Measures the memory of batches of as many padded frames, decoded to one token a frame.
 
     Args:
@@ -416,15 +354,11 @@ def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Sea
     """
     for utterances, frames in work.memory_shapes:
         memories = [benchmark.memory(frames, seed) for seed in range(utterances)]
-        peak = peak_bytes(
-            partial(benchmark.search_batch, memories, frames), device=benchmark.device
-        )
-        yield SearchRow(
+        peak = peak_of(partial(benchmark.search_batch, memories, frames), benchmark.device)
+        yield Row(
             f"Memory of {utterances} utterances of {frames} frames (reference: keys and values)",
             peak / 1e6,
             utterances * frames * benchmark.token_bytes() / 1e6,
-            None,
-            False,
             unit="MB",
             notes=[
                 f"with --decode-max-frames {MAX_FRAMES}, a search of {utterances} utterances of "
@@ -435,9 +369,7 @@ def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Sea
         )
 
 
-def measure(
-    size: Size, beam_size: int, work: SearchWork, device: torch.device
-) -> Iterator[SearchRow]:
+def measure(size: Size, beam_size: int, work: SearchWork, device: torch.device) -> Iterator[Row]:
     """Measures all.
 
     Args:

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import decode, qlora_memory
-from benchmarks.decode import Checkpoint
-from benchmarks.qlora_memory import Case, Memory, Plan, StepMemory, StepRow, WeightRow
+from benchmarks import checkpoints, memory, qlora_memory
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.common import CPU
+from benchmarks.qlora_memory import Case, Plan, StepMemory, StepRow, WeightRow
 from espnet.nets.adaptation import INSTALLED
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 
-CPU = torch.device("cpu")
 FRAMES = (20, 13)
 MEMORY = StepMemory(
     trained=5, total=1234, weights=2_000_000_000, before=1, loading=3 * 10**9, steps=4 * 10**9
@@ -55,14 +55,14 @@ def tiny_case(**changes):
 def tiny(tiny_checkpoints, monkeypatch):
     """Encoders of the tiny checkpoints in place of those of published sizes."""
     monkeypatch.setattr(
-        qlora_memory.encoders, "checkpoint", lambda name: nullcontext(str(tiny_checkpoints / name))
+        checkpoints, "encoder_checkpoint", lambda name: nullcontext(str(tiny_checkpoints / name))
     )
 
 
 @contextmanager
 def plan(way):
     case = tiny_case()
-    with qlora_memory.checkpoints(case) as options:
+    with qlora_memory.saved_case(case) as options:
         yield Plan(options | case.ways[way], FRAMES)
 
 
@@ -126,7 +126,7 @@ def test_an_output_layer_is_left_alone_and_named(tied):
 @pytest.mark.parametrize("name", ["vit", "clip", "whisper", "wavlm"])
 @pytest.mark.usefixtures("tiny")
 def test_all_of_an_encoder_is_counted_once(name):
-    title = qlora_memory.encoders.TITLES[name] + (", encoder" if name == "whisper" else "")
+    title = checkpoints.TITLES[name] + (", encoder" if name == "whisper" else "")
     module = qlora_memory.published_parts()[title]().bfloat16()
     sizes = {id(p): 2 * p.numel() for p in module.parameters()}
     row = qlora_memory.measure_weights(name, module)
@@ -163,7 +163,7 @@ def test_a_conformer_keeps_convolutions_norms_and_biases_of_positions():
     }
 
 
-def test_parts_have_published_sizes():
+def test_parts_are_those_of_published_models():
     parts = qlora_memory.published_parts()
     assert list(parts) == [
         "ViT-B/16",
@@ -174,16 +174,9 @@ def test_parts_have_published_sizes():
         "Llama-3.2-1B",
         "Conformer, 12 blocks",
     ]
-    numbers = []
-    with torch.device("meta"):
-        numbers.append(sum(p.numel() for p in parts["Whisper small, decoder"]().parameters()))
-        for config in (
-            parts["Llama-3.2-1B"].args[0],
-            qlora_memory.llama_8b_checkpoint().config,
-        ):
-            llama = AutoModelForCausalLM.from_config(config)
-            numbers.append(sum(p.numel() for p in llama.parameters()))
-    assert numbers == [241_734_912 - 88_154_112, 1_235_814_400, 8_030_261_248]
+    whisper, llama = (parts[name].args[0] for name in ("Whisper small, decoder", "Llama-3.2-1B"))
+    assert whisper.to_dict() == checkpoints.whisper().config.to_dict()
+    assert llama.num_hidden_layers == checkpoints.LLAMA_LAYERS
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -231,38 +224,14 @@ def test_rows_without_target_or_memory():
     assert str(StepRow("case", "full", "not run")) == "| case | full |  |  |  |  |  | not run |"
 
 
-def test_a_peak_can_be_forgotten():
-    start = Memory.since_start(CPU)
-    assert 0 < start.now <= start.peak
-    size = 2**26
-    block = torch.ones(size)
-    high = Memory.since_start(CPU)
-    del block
-    after = Memory.since_start(CPU)
-    # The block has 4 bytes for each number; Linux counts in steps, and some memory was free.
-    assert high.now > start.now + 3 * size
-    assert after.peak > start.now + 3 * size
-    assert after.now < high.now - 3 * size
-    qlora_memory.forget_peak(CPU)
-    assert Memory.since_start(CPU).peak < high.now - 2 * size
-
-
-def test_a_batch_has_real_lengths():
+def test_a_batch_has_the_streams_and_tokens_of_its_plan():
     options = {"modality": "audiovisual", "eos": 300}
-    x, lengths, targets = qlora_memory.make_batch(Plan(options, (100, 60)), CPU)
-    assert x["video"].shape == (2, 100, 1, 88, 88)
-    assert x["audio"].shape == (2, 64_000, 1)
+    x, lengths, targets = qlora_memory.batch_of(Plan(options, (100, 60)), CPU)
+    assert list(x) == list(lengths) == ["video", "audio"]
     assert lengths["video"].tolist() == [100, 60]
-    assert lengths["audio"].tolist() == [64_000, 38_400]
-    for name, length in (("video", 60), ("audio", 38_400)):
-        assert x[name][1, :length].ne(0).flatten(1).any(dim=1).all()
-        assert not x[name][1, length:].any()
     assert (targets != -1).sum(dim=1).tolist() == [16, 9]
-    real = targets[targets != -1]
-    assert 1 <= real.min() <= real.max() < 299
-    again = qlora_memory.make_batch(Plan(options, (100, 60)), CPU)
-    torch.testing.assert_close(again, (x, lengths, targets))
-    audio, _, _ = qlora_memory.make_batch(Plan({"modality": "audio", "eos": 300}, (100,)), CPU)
+    assert targets.max() < 299
+    audio, _, _ = qlora_memory.batch_of(Plan({"modality": "audio", "eos": 300}, (100,)), CPU)
     assert list(audio) == ["audio"]
 
 
@@ -281,7 +250,7 @@ def test_steps_train_what_the_way_says(way):
         assert model.training
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        batch = qlora_memory.make_batch(what, CPU)
+        batch = qlora_memory.batch_of(what, CPU)
         losses = []
         forward = model.forward
         model.forward = lambda *args: losses.append(forward(*args)) or losses[-1]
@@ -366,7 +335,7 @@ def test_a_process_that_fails_ends_the_benchmark(monkeypatch):
 
 def test_llama_of_8b_is_not_trained_in_full(monkeypatch):
     ran = []
-    monkeypatch.setattr(qlora_memory, "checkpoints", lambda _: nullcontext({}))
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
     monkeypatch.setattr(
         qlora_memory, "run_apart", lambda plan, _: ran.append(plan.options) or MEMORY
     )
@@ -393,75 +362,46 @@ def test_ways_of_a_case_differ_in_nothing_else(device):
 
 @needs_both
 @pytest.mark.usefixtures("tiny")
-def test_prints_both_tables(monkeypatch, capsys):
+def test_prints_both_tables(monkeypatch, tables):
     part = {"a part": lambda: nn.Sequential(nn.Linear(256, 256))}
     monkeypatch.setattr(qlora_memory, "published_parts", lambda: part)
     monkeypatch.setattr(qlora_memory, "cases", lambda _: {"1b": tiny_case()})
     monkeypatch.setattr(qlora_memory, "run_apart", lambda *_: MEMORY)
     qlora_memory.main(["--device", "cpu"])
-    facts, empty, *weights = capsys.readouterr().out.splitlines()
-    assert facts.startswith(f"torch {torch.__version__}, transformers ")
-    assert facts.endswith(", cpu, 1 CPU threads")
-    assert not empty
-    end = weights.index("")
-    batch, _, *steps = weights[end + 1 :]
-    assert batch.startswith("4 utterances, 300 video frames, 12 s of audio")
-    for table, number in ((weights[:end], 1), (steps, 3)):
-        cells = [line.split("|")[1:-1] for line in table]
-        assert [len(row) for row in cells] == [8] * (2 + number)
-        assert cells[1] == ["---"] * 8
-    assert [line.split(" | ")[1] for line in steps[2:]] == ["full", "LoRA", "QLoRA"]
+    weights, steps = tables()
+    assert (len(weights.head), len(steps.head)) == (8, 8)
+    assert [(len(row), row[0]) for row in weights.rows] == [(8, "a part")]
+    assert [(len(row), row[1]) for row in steps.rows] == [(8, w) for w in ("full", "LoRA", "QLoRA")]
 
 
-@pytest.mark.parametrize("table", ["weights", "steps"])
-def test_prints_one_table(table, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["weights", "steps"])
+def test_prints_one_table(name, monkeypatch, tables):
     monkeypatch.setattr(qlora_memory, "published_parts", dict)
     monkeypatch.setattr(qlora_memory, "cases", lambda _: {})
-    qlora_memory.main(["--device", "cpu", "--table", table])
-    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(heads) == 1
-    assert heads[0].startswith({"weights": "| part |", "steps": "| what |"}[table])
+    qlora_memory.main(["--device", "cpu", "--table", name])
+    (table,) = tables()
+    assert table.head[0] == {"weights": "part", "steps": "what"}[name]
 
 
 @pytest.mark.parametrize(("more", "count"), [([], 6), (["--llama", "1b"], 3)])
 def test_recognisers_can_be_chosen(more, count, monkeypatch, capsys):
     both = {"1b": tiny_case(), "8b": tiny_case(title="large")}
     monkeypatch.setattr(qlora_memory, "cases", lambda _: both)
-    monkeypatch.setattr(qlora_memory, "checkpoints", lambda _: nullcontext({}))
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
     monkeypatch.setattr(qlora_memory, "run_apart", lambda *_: MEMORY)
     qlora_memory.main(["--device", "cpu", "--table", "steps", *more])
     rows = [line for line in capsys.readouterr().out.splitlines() if "5 of 1,234" in line]
     assert len(rows) == count
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-        (["--table", "times"], "argument --table: invalid choice: 'times'"),
-        (["--layers", "3"], "unrecognized arguments: --layers 3"),
-        (["--device", "cpu", "--llama", "8b"], "--llama 8b needs --device cuda"),
-        (["--device", "cuda"], "--device cuda, but PyTorch finds no GPU: choose --device cpu"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_llama_of_8b_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
-        qlora_memory.main(arguments)
-    assert message in capsys.readouterr().err
+        qlora_memory.main(["--device", "cpu", "--llama", "8b"])
+    assert "--llama 8b needs --device cuda" in capsys.readouterr().err
 
 
 def test_a_peak_that_cannot_be_told_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(qlora_memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
     with pytest.raises(SystemExit):
         qlora_memory.main(["--device", "cpu", "--table", "steps"])
     assert "status is missing, where Linux tells the peak" in capsys.readouterr().err
-
-
-def test_llama_8b_speaks_the_vocabulary_of_the_smaller_one():
-    smaller = decode.llama_checkpoint("prefix", 16)
-    larger = qlora_memory.llama_8b_checkpoint()
-    assert (larger.prompt, larger.eos) == (smaller.prompt, smaller.eos)
-    assert larger.config.vocab_size == smaller.config.vocab_size
-    assert larger.config.rope_parameters["factor"] == 8
-    assert smaller.config.rope_parameters["factor"] == 32
