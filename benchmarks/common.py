@@ -4,8 +4,10 @@ import os
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -58,6 +60,16 @@ def time_in_turns(
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own, which has nothing of this one's memory.
+
+    Raises:
+        BrokenProcessPool: If the process ended without a result.
+    """
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class TableRow:

@@ -15,14 +15,12 @@ own, where files are not looked for (`skip_bad_clips`). Looking for them is time
 list of empty files, a thousand to a folder, beside asking for each of them.
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +37,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import memory
-from benchmarks.common import CPU, Row, print_facts, print_table, time_in_turns
+from benchmarks.common import CPU, Row, print_facts, print_table, run_apart, time_in_turns
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.demo_corpus import make_demo_corpus
@@ -83,17 +81,12 @@ class Work:
     repeats: int = 5
 
 
+WORK = Work()
+
+
 @contextmanager
 def corpus(root_dir: str, sentences: int) -> Iterator[str]:
-    """Names the demo corpus, or makes a small one for a while.
-
-    Args:
-        root_dir: Where the corpus may be.
-        sentences: Training sentences of one that is made.
-
-    Yields:
-        The folder of the corpus.
-    """
+    """Names the folder of the demo corpus, or makes one of a few sentences for a while."""
     if (Path(root_dir) / "labels" / LIST_FILE).is_file():
         yield root_dir
         return
@@ -250,6 +243,7 @@ def measure_list(root_dir: str, touched: int) -> dict[str, float]:
     Returns:
         Seconds and megabytes by name.
     """
+    torch.set_num_threads(1)
     before = memory.forget_peak(CPU)
     seconds = [time.perf_counter()]
     data = set_up_list(root_dir, look_for_files=False)
@@ -299,13 +293,9 @@ class _Touch(Dataset):
 
 def time_list(work: Work) -> list[Row]:
     """Measures a long list, in processes of their own, and takes the best of two."""
-    rounds: list[dict[str, float]] = []
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         write_list(folder, work.rows)
-        for _ in range(2):
-            with ProcessPoolExecutor(1, context, _use_one_thread) as pool:
-                rounds.append(pool.submit(measure_list, folder, work.touched).result())
+        rounds = [run_apart(measure_list, folder, work.touched) for _ in range(2)]
     best = {name: min(one[name] for one in rounds) for name in rounds[0]}
     rows = f"{work.rows:,} rows"
     title = f"list of {rows}"
@@ -350,24 +340,14 @@ def count_files(dataset: AVDataset) -> int:
     return sum(os.path.isfile(dataset.path(index)) for index in range(len(dataset)))
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def main(argv: list[str] | None = None, work: Work | None = None) -> None:
-    """Runs the command line.
-
-    Args:
-        argv: The command line without the program's name; that of the process if None.
-        work: How much is measured; the usual if None.
-    """
+def main(argv: list[str] | None = None, work: Work = WORK) -> None:
+    """Runs the command line."""
     parser = ArgumentParser(description="Measure how fast the data arrives.")
     parser.add_argument(
         "--root-dir", default="demo_corpus", help="the demo corpus (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    work = work or Work()
-    _use_one_thread()
+    torch.set_num_threads(1)
     print_facts(CPU, "av")
     with corpus(args.root_dir, work.sentences) as root_dir:
         print_table(HEAD, measure(root_dir, work))

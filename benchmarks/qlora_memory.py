@@ -24,14 +24,12 @@ activations of such a chunk, which its backward pass computes again, would take 
 training takes beside the weights.
 """
 
-import json
-import subprocess
 import sys
-from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +43,15 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import checkpoints, memory
 from benchmarks.checkpoints import ENCODER_CLASSES, TITLES
-from benchmarks.common import TableRow, device_parser, parse, print_facts, print_table, verdict
+from benchmarks.common import (
+    TableRow,
+    device_parser,
+    parse,
+    print_facts,
+    print_table,
+    run_apart,
+    verdict,
+)
 from benchmarks.noise import FRAMES_PER_SECOND, make_batch, make_utterances
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
@@ -61,8 +67,6 @@ WEIGHT_TARGET = 0.3  # of the bytes in bfloat16
 GPU_TARGET = 12e9  # bytes
 STEPS = 2  # the moments are there in the second one
 TOKEN_RATE = 4  # tokens a second of speech
-FULL_BYTES = 16  # of a parameter that is trained in float32: itself, its gradient, two moments
-LARGEST = 64e9  # bytes of LLaMA alone with which it is trained in full
 HEAD_OF_WEIGHTS = (
     *("part", "linear layers in 4 bits (MB)", "in bfloat16 (MB)", "ratio", "target"),
     *("whole part (MB)", "ratio", "left alone (MB)"),
@@ -117,15 +121,7 @@ class WeightRow(TableRow):
 
 
 def measure_weights(part: str, module: nn.Module) -> WeightRow:
-    """Puts a part into 4 bits, and counts its bytes before and after.
-
-    Args:
-        part: Its name.
-        module: The part, in bfloat16.
-
-    Returns:
-        A row of the first table.
-    """
+    """Puts a part into 4 bits, which was in bfloat16, and counts its bytes before and after."""
     names = [
         name
         for name, layer in module.named_modules()
@@ -146,9 +142,6 @@ def left_alone(module: nn.Module) -> dict[str, int]:
     """Bytes of what a quantised module has in another precision, by kind, the largest first.
 
     Biases of layers whose weight is in 4 bits are left out: they count with the weight.
-
-    Args:
-        module: The module.
     """
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
@@ -198,15 +191,7 @@ def published_parts() -> dict[str, Callable[[], nn.Module]]:
 
 
 def random_llama(config: LlamaConfig) -> PreTrainedModel:
-    """Builds a LLaMA in bfloat16, to be counted or saved: what is not saved is not set.
-
-    Args:
-        config: Its shape.
-
-    Returns:
-        The model. Its weights are drawn one by one in float32, which is six times faster than
-        PyTorch's drawing in bfloat16, and takes less memory than drawing all of them so.
-    """
+    """Builds a LLaMA in bfloat16, to be counted or saved: what is not saved is not set."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
@@ -214,6 +199,7 @@ def random_llama(config: LlamaConfig) -> PreTrainedModel:
     with torch.no_grad():
         for weight in model.parameters():
             is_norm = weight.dim() == 1
+            # Six times faster than in bfloat16, and less memory than all weights in float32.
             weight.copy_(1.0 if is_norm else torch.randn(weight.shape) * config.initializer_range)
     return model
 
@@ -226,28 +212,16 @@ class Case:
         title: What it is.
         encoders: Names of the pretrained encoders.
         llama: The decoder's checkpoint.
-        ways: Options of `E2E` by the name of the way of training that they make.
+        ways: Options of `E2E` by the name of the way of training that they make, or why it is left
+            out.
         target: Most bytes of QLoRA's peak; None for no target.
     """
 
     title: str
     encoders: tuple[str, ...]
     llama: checkpoints.Checkpoint
-    ways: Mapping[str, Mapping[str, Any]]
+    ways: Mapping[str, Mapping[str, Any] | str]
     target: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a process is to do.
-
-    Attributes:
-        options: Arguments of `E2E` by name.
-        frames: Frames of the utterances of a batch.
-    """
-
-    options: dict[str, Any]
-    frames: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -302,6 +276,8 @@ class StepRow(TableRow):
 
 
 NO_CONFORMER = {"elayers": 0}
+# A parameter takes 16 bytes: itself, its gradient and two moments in float32.
+FULL_8B = "not run: the parameters, gradients and moments of 8 billion alone take 128 GB"
 SMALL_CHUNKS = {"vision_chunk_frames": 32}
 LORA = {**NO_CONFORMER, "use_lora": True}
 QLORA = {**NO_CONFORMER, "use_qlora": True}
@@ -313,11 +289,7 @@ def full(*parts: str) -> dict[str, Any]:
 
 
 def cases(device: str) -> dict[str, Case]:
-    """The recognisers that are trained, by the size of their LLaMA.
-
-    Args:
-        device: `cpu` or `cuda`.
-    """
+    """The recognisers that are trained on `cpu` or `cuda`, by the size of their LLaMA."""
     if device == "cpu":
         case = Case(
             "Whisper small, Llama-3.2-1B with 4 of 16 layers",
@@ -339,7 +311,7 @@ def cases(device: str) -> dict[str, Case]:
             ("clip", "whisper"),
             checkpoints.llama_8b(),
             {
-                "full": full(*parts),
+                "full": FULL_8B,
                 "LoRA": {**LORA, **SMALL_CHUNKS},
                 "QLoRA": {**QLORA, **SMALL_CHUNKS},
                 "QLoRA, and a Conformer of 12 blocks": {"use_qlora": True, **SMALL_CHUNKS},
@@ -351,14 +323,10 @@ def cases(device: str) -> dict[str, Case]:
 
 @contextmanager
 def saved_case(case: Case) -> Iterator[dict[str, Any]]:
-    """Writes the checkpoints of a recogniser.
-
-    Args:
-        case: The recogniser.
+    """Writes the checkpoints of a recogniser, and removes them at the end.
 
     Yields:
-        Options of `E2E` that are the same in each way of training. The folders that they name are
-        removed at the end.
+        Options of `E2E` that are the same in each way of training.
     """
     llama = case.llama
     options = {
@@ -379,89 +347,53 @@ def saved_case(case: Case) -> Iterator[dict[str, Any]]:
         yield options
 
 
-def measure_case(case: Case, frames: tuple[int, ...], device: str) -> Iterator[StepRow]:
+def measure_case(case: Case, frames: tuple[int, ...], device: torch.device) -> Iterator[StepRow]:
     """Trains a recogniser in several ways, each in a process of its own.
 
     Args:
         case: The recogniser.
         frames: Frames of the utterances of a batch.
-        device: `cpu` or `cuda`.
+        device: Where.
 
     Yields:
         Rows of the second table.
     """
     with saved_case(case) as options:
         for way, more in case.ways.items():
-            if reason := too_large(case, more):
-                yield StepRow(case.title, way, reason)
+            if isinstance(more, str):
+                yield StepRow(case.title, way, more)
                 continue
-            memory = run_apart(Plan(options | more, frames), device)
-            yield StepRow(case.title, way, memory, case.target if "use_qlora" in more else None)
+            try:
+                took = run_apart(measure_training, {**options, **more}, frames, device)
+            except BrokenProcessPool:
+                took = "ended without a result, as a process that takes more memory than there is"
+            yield StepRow(case.title, way, took, case.target if "use_qlora" in more else None)
 
 
-def too_large(case: Case, options: Mapping[str, Any]) -> str:
-    """Why a way of training is left out: a GPU that can hold an 8B LLaMA trained in full is rare.
-
-    Args:
-        case: The recogniser.
-        options: Of the way of training.
-
-    Returns:
-        The reason, empty if there is none.
-    """
-    if options.get("freeze_decoder", True):
-        return ""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(case.llama.config)
-    number = parameter_report(model).total
-    if FULL_BYTES * number < LARGEST:
-        return ""
-    return (
-        f"not run: LLaMA's {number:,} parameters with gradients and moments alone take "
-        f"{_gigabytes(FULL_BYTES * number)} GB"
-    )
-
-
-def run_apart(plan: Plan, device: str) -> StepMemory | str:
-    """Carries out a plan in a process of its own.
+def measure_training(
+    options: dict[str, Any], frames: tuple[int, ...], device: torch.device
+) -> StepMemory | str:
+    """Builds a recogniser and trains it for some steps; for a process of its own.
 
     Args:
-        plan: What to do.
-        device: `cpu` or `cuda`.
-
-    Returns:
-        What it took, or how the process ran out of memory.
-
-    Raises:
-        RuntimeError: If the process fails in another way; it has then said how.
-    """
-    command = [sys.executable, __file__, "--device", device, "--plan", json.dumps(asdict(plan))]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if process.returncode == -9:
-        return "was killed, as a process is that takes more memory than there is"
-    if process.returncode:
-        raise RuntimeError(f"a process that trains ended with status {process.returncode}")
-    result = json.loads(process.stdout.splitlines()[-1])
-    return result if isinstance(result, str) else StepMemory(**result)
-
-
-def carry_out(plan: Plan, device: torch.device) -> StepMemory:
-    """Builds a recogniser and trains it for some steps.
-
-    Args:
-        plan: What to do.
+        options: Arguments of `E2E` by name.
+        frames: Frames of the utterances of a batch.
         device: Where.
 
     Returns:
-        What it took.
+        What it took, or how it ran out of a GPU's memory.
     """
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    batch = batch_of(plan, device)
+    batch = batch_of(options, frames, device)
     before = memory.in_use(device)
-    model = E2E(**plan.options).to(device)
-    loading = memory.peak(device)
-    memory.forget_peak(device)
-    train(model, batch, device)
+    try:
+        model = E2E(**options).to(device)
+        loading = memory.peak(device)
+        memory.forget_peak(device)
+        train(model, batch, device)
+    except torch.cuda.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
     report = parameter_report(model)
     return StepMemory(
         trained=report.trainable,
@@ -474,13 +406,13 @@ def carry_out(plan: Plan, device: torch.device) -> StepMemory:
 
 
 def batch_of(
-    plan: Plan, device: torch.device
+    options: dict[str, Any], frames: tuple[int, ...], device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Makes the batch of a plan, of the streams that its model takes."""
-    tokens = [frames * TOKEN_RATE // FRAMES_PER_SECOND for frames in plan.frames]
+    """Makes a batch of the streams and the vocabulary that a model with these options has."""
+    tokens = [number * TOKEN_RATE // FRAMES_PER_SECOND for number in frames]
     # Special tokens follow the others.
-    utterances = make_utterances(plan.frames, tokens, vocabulary=plan.options["eos"] - 1)
-    streams = ("video", "audio") if plan.options["modality"] == "audiovisual" else ("audio",)
+    utterances = make_utterances(frames, tokens, vocabulary=options["eos"] - 1)
+    streams = ("video", "audio") if options["modality"] == "audiovisual" else ("audio",)
     return make_batch(utterances, device, streams)
 
 
@@ -488,11 +420,6 @@ def train(
     model: E2E, batch: tuple[dict[str, Tensor], dict[str, Tensor], Tensor], device: torch.device
 ) -> None:
     """Takes steps on a batch, with AdamW for all trainable parameters.
-
-    Args:
-        model: The recogniser, in training mode.
-        batch: What its `forward` takes.
-        device: Where they are; on a GPU, in bfloat16 by autocast.
 
     Raises:
         RuntimeError: If the loss is not finite.
@@ -518,8 +445,21 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def build_parser() -> ArgumentParser:
-    """Builds the command line's parser."""
+def measure_parts(device: torch.device) -> Iterator[WeightRow]:
+    """Measures the parts that can be in 4 bits one after the other."""
+    for part, build in published_parts().items():
+        yield measure_weights(part, build().to(device, torch.bfloat16))
+
+
+def measure_steps(device: torch.device, llama: str | None) -> Iterator[StepRow]:
+    """Trains the recognisers, all or those with one LLaMA."""
+    for size, case in cases(device.type).items():
+        if llama in (None, size):
+            yield from measure_case(case, FRAMES[device.type], device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
     parser = device_parser("Measure the memory that QLoRA takes and saves.")
     parser.add_argument(
         "--table", choices=["weights", "steps"], help="print this table only (default: both)"
@@ -529,26 +469,6 @@ def build_parser() -> ArgumentParser:
         choices=["1b", "8b"],
         help="train recognisers with this LLaMA only (default: 1b on a CPU, both on a GPU)",
     )
-    parser.add_argument("--plan", help=SUPPRESS)  # what a process of its own is to do, as JSON
-    return parser
-
-
-def measure_parts(device: torch.device) -> Iterator[WeightRow]:
-    """Measures the parts that can be in 4 bits one after the other."""
-    for part, build in published_parts().items():
-        yield measure_weights(part, build().to(device, torch.bfloat16))
-
-
-def measure_steps(device: str, llama: str | None) -> Iterator[StepRow]:
-    """Trains the recognisers, all or those with one LLaMA."""
-    for size, case in cases(device).items():
-        if llama in (None, size):
-            yield from measure_case(case, FRAMES[device], device)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line."""
-    parser = build_parser()
     options, device = parse(parser, argv)
     status = memory.PROCESS / "status"
     if options.device == "cpu" and options.table != "weights" and not status.exists():
@@ -556,13 +476,6 @@ def main(argv: list[str] | None = None) -> None:
     if options.llama and options.llama not in cases(options.device):
         parser.error(f"--llama {options.llama} needs --device cuda")
     transformers_logging.disable_progress_bar()
-    if options.plan:
-        try:
-            result = asdict(carry_out(Plan(**json.loads(options.plan)), device))
-        except torch.cuda.OutOfMemoryError as error:
-            result = f"out of memory: {str(error).splitlines()[0]}"
-        print(json.dumps(result))
-        return
     print_facts(device, "transformers", "bitsandbytes", "peft")
     if options.table != "steps":
         print_table(HEAD_OF_WEIGHTS, measure_parts(device))
@@ -575,7 +488,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{sum(frames) / FRAMES_PER_SECOND:g} s of audio; without padding; no Conformer unless "
             f"it is named; {STEPS} steps\n"
         )
-        print_table(HEAD_OF_STEPS, measure_steps(options.device, options.llama))
+        print_table(HEAD_OF_STEPS, measure_steps(device, options.llama))
 
 
 if __name__ == "__main__":

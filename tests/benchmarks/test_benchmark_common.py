@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,10 @@ def test_functions_take_turns_and_their_best_times_count(monkeypatch):
     assert calls == ["a", "b", "a", "b"]
     assert [timing.milliseconds for timing in timings] == [2000, 1000]
     assert [timing.result for timing in timings] == [("a", 3), ("b", 4)]
+
+
+def test_a_process_apart_is_another_one():
+    assert common.run_apart(os.getpid) != os.getpid()
 
 
 @pytest.mark.parametrize(

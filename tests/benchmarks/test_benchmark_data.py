@@ -1,6 +1,4 @@
-import pickle
 import re
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -128,28 +126,8 @@ def test_a_corpus_that_is_there_is_kept_and_a_missing_one_made_elsewhere(
     assert not (tmp_path / "none").exists()
 
 
-class Here:
-    """Takes work for another process, which would import for seconds, and does it in this one."""
-
-    def __init__(self, number, context, initializer):
-        assert (number, context.get_start_method()) == (1, "spawn")
-        pickle.dumps(initializer)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def submit(self, *work):
-        function, *arguments = pickle.loads(pickle.dumps(work))
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
 def test_prints_a_table(root_dir, tables, monkeypatch):
-    monkeypatch.setattr(data, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(data, "run_apart", lambda function, *args: function(*args))
     data.main(["--root-dir", root_dir], WORK)
     (table,) = tables()
     assert table.head == ["what", "value", "reference", "ratio", "target"]

@@ -1,7 +1,5 @@
-import json
-import signal
-import subprocess
-from contextlib import contextmanager, nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -12,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import checkpoints, memory, qlora_memory
 from benchmarks.checkpoints import Checkpoint
 from benchmarks.common import CPU
-from benchmarks.qlora_memory import Case, Plan, StepMemory, StepRow, WeightRow
+from benchmarks.qlora_memory import Case, StepMemory, StepRow, WeightRow
 from espnet.nets.adaptation import INSTALLED
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
@@ -56,20 +54,6 @@ def tiny(tiny_checkpoints, monkeypatch):
     """Encoders of the tiny checkpoints in place of those of published sizes."""
     monkeypatch.setattr(
         checkpoints, "encoder_checkpoint", lambda name: nullcontext(str(tiny_checkpoints / name))
-    )
-
-
-@contextmanager
-def plan(way):
-    case = tiny_case()
-    with qlora_memory.saved_case(case) as options:
-        yield Plan(options | case.ways[way], FRAMES)
-
-
-def run_process(monkeypatch, **result):
-    """Makes a process end at once."""
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, **result)
     )
 
 
@@ -224,14 +208,14 @@ def test_rows_without_target_or_memory():
     assert str(StepRow("case", "full", "not run")) == "| case | full |  |  |  |  |  | not run |"
 
 
-def test_a_batch_has_the_streams_and_tokens_of_its_plan():
+def test_a_batch_has_the_streams_and_tokens_of_its_model():
     options = {"modality": "audiovisual", "eos": 300}
-    x, lengths, targets = qlora_memory.batch_of(Plan(options, (100, 60)), CPU)
+    x, lengths, targets = qlora_memory.batch_of(options, (100, 60), CPU)
     assert list(x) == list(lengths) == ["video", "audio"]
     assert lengths["video"].tolist() == [100, 60]
     assert (targets != -1).sum(dim=1).tolist() == [16, 9]
     assert targets.max() < 299
-    audio, _, _ = qlora_memory.batch_of(Plan({"modality": "audio", "eos": 300}, (100,)), CPU)
+    audio, _, _ = qlora_memory.batch_of({"modality": "audio", "eos": 300}, (100,), CPU)
     assert list(audio) == ["audio"]
 
 
@@ -243,28 +227,25 @@ def test_batches_have_the_frames_that_are_told():
 @needs_both
 @pytest.mark.parametrize("way", ["full", "LoRA", "QLoRA"])
 @pytest.mark.usefixtures("tiny")
-def test_steps_train_what_the_way_says(way):
-    with plan(way) as what:
+def test_steps_train_what_the_way_says(way, monkeypatch):
+    case = tiny_case()
+    with qlora_memory.saved_case(case) as options:
+        options |= case.ways[way]
         torch.manual_seed(0)
-        model = qlora_memory.E2E(**what.options)
-        assert model.training
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        batch = qlora_memory.batch_of(what, CPU)
-        losses = []
-        forward = model.forward
-        model.forward = lambda *args: losses.append(forward(*args)) or losses[-1]
-        optimisers = []
-        with pytest.MonkeyPatch.context() as patch:
-            original = torch.optim.AdamW
-            patch.setattr(
-                torch.optim,
-                "AdamW",
-                lambda *args, **options: (
-                    optimisers.append(original(*args, **options)) or optimisers[-1]
-                ),
-            )
-            qlora_memory.train(model, batch, CPU)
+        model = qlora_memory.E2E(**options)
+    assert model.training
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    losses, optimisers = [], []
+    forward, make_optimiser = model.forward, torch.optim.AdamW
+
+    def adamw(*args, **options):
+        optimisers.append(make_optimiser(*args, **options))
+        return optimisers[-1]
+
+    monkeypatch.setattr(model, "forward", lambda *args: losses.append(1) or forward(*args))
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    qlora_memory.train(model, qlora_memory.batch_of(options, FRAMES, CPU), CPU)
     assert len(losses) == qlora_memory.STEPS
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == trained
@@ -288,7 +269,7 @@ def test_a_loss_that_is_not_finite_is_refused():
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_each_way_has_a_process_of_its_own():
-    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, "cpu"))
+    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, CPU))
     assert [row.way for row in rows] == ["full", "LoRA", "QLoRA"]
     assert [row.target for row in rows] == [None, None, 10**12]
     full, lora, qlora = (row.memory for row in rows)
@@ -299,57 +280,39 @@ def test_each_way_has_a_process_of_its_own():
     assert all(min(asdict(memory).values()) > 0 for memory in (full, lora, qlora))
 
 
-@needs_both
-@pytest.mark.usefixtures("tiny")
-def test_a_process_prints_what_it_took(capsys):
-    with plan("QLoRA") as what:
-        qlora_memory.main(["--device", "cpu", "--plan", json.dumps(asdict(what))])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(result) == ["trained", "total", "weights", "before", "loading", "steps"]
-    assert 0 < result["trained"] < result["total"]
-
-
-def test_a_process_out_of_gpu_memory_says_so(monkeypatch, capsys):
+def test_running_out_of_memory_ends_a_row_only(monkeypatch):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB\nand more")
 
-    monkeypatch.setattr(qlora_memory, "carry_out", fail)
-    qlora_memory.main(["--device", "cpu", "--plan", json.dumps(asdict(Plan({}, FRAMES)))])
-    printed = capsys.readouterr().out
-    run_process(monkeypatch, returncode=0, stdout=f"something else\n{printed}")
-    assert qlora_memory.run_apart(Plan({}, FRAMES), "cpu") == (
+    monkeypatch.setattr(qlora_memory, "E2E", lambda: torch.nn.Identity())
+    monkeypatch.setattr(qlora_memory, "batch_of", lambda *_: None)
+    monkeypatch.setattr(qlora_memory, "train", fail)
+    assert qlora_memory.measure_training({}, FRAMES, CPU) == (
         "out of memory: CUDA out of memory. Tried 1 GiB"
     )
 
 
 def test_a_process_that_is_killed_ends_its_row_only(monkeypatch):
-    run_process(monkeypatch, returncode=-signal.SIGKILL, stdout="")
-    assert "was killed" in qlora_memory.run_apart(Plan({}, FRAMES), "cpu")
+    def be_killed(*_):
+        raise BrokenProcessPool
 
-
-def test_a_process_that_fails_ends_the_benchmark(monkeypatch):
-    run_process(monkeypatch, returncode=1, stdout="")
-    with pytest.raises(RuntimeError, match="a process that trains ended with status 1"):
-        qlora_memory.run_apart(Plan({}, FRAMES), "cpu")
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
+    monkeypatch.setattr(qlora_memory, "run_apart", be_killed)
+    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, CPU))
+    assert len(rows) == 3
+    assert all("ended without a result" in row.memory for row in rows)
 
 
 def test_llama_of_8b_is_not_trained_in_full(monkeypatch):
-    ran = []
     monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
-    monkeypatch.setattr(
-        qlora_memory, "run_apart", lambda plan, _: ran.append(plan.options) or MEMORY
+    monkeypatch.setattr(qlora_memory, "run_apart", lambda *_: MEMORY)
+    smaller, larger = (
+        list(qlora_memory.measure_case(case, FRAMES, CPU))
+        for case in qlora_memory.cases("cuda").values()
     )
-    smaller, larger = qlora_memory.cases("cuda").values()
-    rows = [
-        row for case in (smaller, larger) for row in qlora_memory.measure_case(case, FRAMES, "cuda")
-    ]
-    assert [row.memory for row in rows if row.memory is not MEMORY] == [
-        "not run: LLaMA's 8,030,261,248 parameters with gradients and moments alone take 128.48 GB"
-    ]
-    assert rows[3].way == "full"
-    assert len(ran) == len(rows) - 1
-    assert [row.target for row in rows] == [None] * 5 + [12e9] * 2
-    assert all("use_qlora" in options for options in ran[-2:])
+    assert [row.memory for row in smaller] == [MEMORY] * 3
+    assert [row.memory for row in larger] == [qlora_memory.FULL_8B] + [MEMORY] * 3
+    assert [row.target for row in smaller + larger] == [None] * 5 + [12e9] * 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -357,7 +320,7 @@ def test_ways_of_a_case_differ_in_nothing_else(device):
     for case in qlora_memory.cases(device).values():
         lora, qlora = case.ways["LoRA"], case.ways["QLoRA"]
         assert {**lora, "use_qlora": True} == {**qlora, "use_lora": True}
-        assert all("elayers" in case.ways[way] for way in ("full", "LoRA", "QLoRA"))
+        assert all("elayers" in case.ways[way] for way in ("LoRA", "QLoRA"))
 
 
 @needs_both
