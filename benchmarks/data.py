@@ -236,10 +236,6 @@ def write_files(root_dir: str, files: int) -> None:
 def measure_list(root_dir: str, touched: int) -> dict[str, float]:
     """Reads a list, draws an epoch and lets two workers read rows; for a process of its own.
 
-    Args:
-        root_dir: Folder of the list.
-        touched: Rows that a worker reads.
-
     Returns:
         Seconds and megabytes by name.
     """

@@ -132,11 +132,11 @@ def load(
 def search(
     decoder: Decoder, checkpoint: Checkpoint, memory: Tensor, beam_size: int, steps: int
 ) -> Tensor:
-    """Searches with this project's beam search.
+    """Searches with this project's beam search, where the decoder is the only scorer.
 
     Args:
-        decoder: Its only scorer.
-        checkpoint: What the decoder was loaded from.
+        decoder: The scorer.
+        checkpoint: What it was loaded from.
         memory: Encoder output, (1, T, M).
         beam_size: Hypotheses.
         steps: Tokens.
@@ -161,16 +161,9 @@ def search(
 def generate(
     model: PreTrainedModel, make_inputs: Callable[[], dict[str, Any]], beam_size: int, steps: int
 ) -> Tensor:
-    """Searches with transformers; Whisper's own loop over windows of 30 s is left out.
+    """Searches with transformers, as `search` does: ids of the best hypothesis, (steps,).
 
-    Args:
-        model: The model.
-        make_inputs: Makes what it is given, which it changes.
-        beam_size: Hypotheses.
-        steps: Tokens.
-
-    Returns:
-        The tokenizer's ids of the best hypothesis, (steps,).
+    Whisper's own loop over windows of 30 s is left out. What `make_inputs` makes, it changes.
     """
     tokens = GenerationMixin.generate(
         model,
@@ -187,16 +180,10 @@ def generate(
 def generate_inputs(
     decoder: Decoder, model: PreTrainedModel, prompt: tuple[int, ...], memory: Tensor
 ) -> dict[str, Any]:
-    """What `generate` is given to do what the search does.
+    """What `generate` is given to do what the search does, by name.
 
-    Args:
-        decoder: The project's decoder, which makes the prefix.
-        model: The model of transformers.
-        prompt: The tokenizer's ids that precede a text.
-        memory: Encoder output, (1, T, M).
-
-    Returns:
-        Arguments by name.
+    The project's decoder makes LLaMA's prefix of the memory (1, T, M); ids of the prompt precede
+    a text.
     """
     tokens = torch.tensor([prompt], device=memory.device)
     if isinstance(decoder, WhisperDecoder):
@@ -222,13 +209,7 @@ def generate_inputs(
 def blocks_between_layers(
     model: LlamaForCausalLM, decoder: LLaMADecoder, memory: Tensor
 ) -> Iterator[None]:
-    """Puts the decoder's gated blocks before the layers of transformers' model, for a while.
-
-    Args:
-        model: The model.
-        decoder: The decoder that has the blocks.
-        memory: What they attend to, (1, T, M).
-    """
+    """Puts the decoder's gated blocks on memory (1, T, M) before the model's layers."""
 
     def attend(
         block: nn.Module, keys_values: tuple[Tensor, Tensor], _: nn.Module, inputs: tuple
@@ -265,9 +246,6 @@ def compare(
         beam_size: Hypotheses.
         work: How much is computed.
         device: Where.
-
-    Returns:
-        A row of the table.
     """
     lengths = (1, 1 + work.steps)
     calls = [partial(one, beam_size, steps) for steps in lengths for one in searches]
@@ -305,19 +283,7 @@ def measure(
     dtype: torch.dtype,
     **options: Any,
 ) -> Iterator[Row]:
-    """Measures a decoder.
-
-    Args:
-        checkpoint: Its checkpoint.
-        work: How much is computed.
-        device: Where.
-        beam_size: Hypotheses.
-        dtype: Precision of the checkpoint's weights.
-        **options: Of the decoder's constructor.
-
-    Yields:
-        Rows of the table.
-    """
+    """Measures a pretrained decoder; further options are those of its constructor."""
     decoder, model = load(checkpoint, device, dtype, **options)
     memory = noise(1, FRAMES, checkpoint.memory_dim, device=device)
     make_inputs = partial(generate_inputs, decoder, model, checkpoint.prompt, memory)
@@ -372,31 +338,21 @@ def build_parser() -> ArgumentParser:
 
 
 @torch.no_grad()
-def measure_own(options: Namespace, device: torch.device) -> Iterator[Row]:
-    """Measures the project's own decoder; see `search_step`."""
-    work = search_step.WORK[device.type]
-    yield from search_step.measure(search_step.Size(), options.beam_size or 40, work, device)
-
-
-@torch.no_grad()
-def measure_pretrained(options: Namespace, device: torch.device) -> Iterator[Row]:
-    """Measures the pretrained decoder that the command line names."""
+def rows_of(options: Namespace, device: torch.device) -> Iterator[Row]:
+    """Measures the decoder that the command line names."""
+    if options.decoder == "transformer":
+        size, work = search_step.Size(), search_step.WORK[device.type]
+        yield from search_step.measure(size, options.beam_size or 40, work, device)
+        return
     torch.manual_seed(0)
-    work = WORK[device.type]
-    if options.decoder == "whisper":
-        checkpoint, conditioning = checkpoints.whisper(), {}
-    else:
+    work, more = WORK[device.type], {}
+    checkpoint = checkpoints.whisper()
+    if options.decoder == "llama":
         layers = options.llama_layers or work.llama_layers
         checkpoint = checkpoints.llama(options.llama_conditioning, layers)
-        conditioning = {"conditioning": options.llama_conditioning}
-    yield from measure(
-        checkpoint,
-        work,
-        device,
-        beam_size=options.beam_size or 5,
-        dtype=getattr(torch, options.dtype),
-        **conditioning,
-    )
+        more = {"conditioning": options.llama_conditioning}
+    beam_size, dtype = options.beam_size or 5, getattr(torch, options.dtype)
+    yield from measure(checkpoint, work, device, beam_size=beam_size, dtype=dtype, **more)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -408,10 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--dtype {options.dtype} is for a checkpoint: name its --decoder too")
     transformers_logging.disable_progress_bar()
     print_facts(device, "transformers", precision=options.dtype)
-    if own:
-        print_table(HEAD, measure_own(options, device))
-    else:
-        print_table(HEAD_OF_STEPS, measure_pretrained(options, device))
+    print_table(HEAD if own else HEAD_OF_STEPS, rows_of(options, device))
 
 
 if __name__ == "__main__":

@@ -348,16 +348,7 @@ def saved_case(case: Case) -> Iterator[dict[str, Any]]:
 
 
 def measure_case(case: Case, frames: tuple[int, ...], device: torch.device) -> Iterator[StepRow]:
-    """Trains a recogniser in several ways, each in a process of its own.
-
-    Args:
-        case: The recogniser.
-        frames: Frames of the utterances of a batch.
-        device: Where.
-
-    Yields:
-        Rows of the second table.
-    """
+    """Trains a recogniser in several ways, each in a process of its own."""
     with saved_case(case) as options:
         for way, more in case.ways.items():
             if isinstance(more, str):
@@ -373,12 +364,7 @@ def measure_case(case: Case, frames: tuple[int, ...], device: torch.device) -> I
 def measure_training(
     options: dict[str, Any], frames: tuple[int, ...], device: torch.device
 ) -> StepMemory | str:
-    """Builds a recogniser and trains it for some steps; for a process of its own.
-
-    Args:
-        options: Arguments of `E2E` by name.
-        frames: Frames of the utterances of a batch.
-        device: Where.
+    """Builds a recogniser with options of `E2E` and trains it; for a process of its own.
 
     Returns:
         What it took, or how it ran out of a GPU's memory.

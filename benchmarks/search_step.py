@@ -86,16 +86,10 @@ class SearchWork:
     memory_shapes: tuple[tuple[int, int], ...] = ((2, 80), (8, 20))
 
 
+ON_GPU = {"step_repeats": 10, "step_target": 2, "batch_tokens": 50, "batch_target": 6}
 WORK = {
     "cpu": SearchWork(),
-    "cuda": SearchWork(
-        step_repeats=10,
-        step_target=2,
-        batch_tokens=50,
-        batch_repeats=3,
-        batch_target=6,
-        memory_shapes=((4, 400), (16, 100)),
-    ),
+    "cuda": SearchWork(**ON_GPU, memory_shapes=((4, 400), (16, 100))),
 }
 
 
@@ -113,6 +107,7 @@ class SearchBenchmark:
         self.size = size
         self.beam_size = beam_size
         self.device = device
+        self.on_gpu = device.type == "cuda"
         self.eos = size.odim - 1
         self.decoder = TransformerDecoder(
             odim=size.odim,
@@ -149,24 +144,19 @@ class SearchBenchmark:
         return self.beam_search(padded, lengths, maxlenratio=-tokens, minlenratio=-tokens)
 
     def products(self, rows: int, frames: int, lengths: Iterable[int]) -> Callable[[], None]:
-        """The matrix products of some steps.
+        """The matrix products of some steps, and nothing else.
 
         Args:
             rows: Hypotheses N, of one utterance as far as its memory is concerned.
             frames: Frames T of the memory.
             lengths: Tokens that each step attends to.
-
-        Returns:
-            What computes them, and nothing else.
         """
         size = self.size
         random = partial(torch.randn, device=self.device)
         head_dim = size.dim // size.heads
         x, hidden = random(rows, size.dim), random(rows, size.units)
-        query, to_memory = (
-            random(rows * size.heads, 1, head_dim),
-            random(size.heads, rows, head_dim),
-        )
+        query = random(rows * size.heads, 1, head_dim)
+        to_memory = random(size.heads, rows, head_dim)
         tokens = [
             (
                 random(len(query), head_dim, length),
@@ -197,13 +187,9 @@ class SearchBenchmark:
         return compute
 
     def ctc_steps(self, frames: int) -> Callable[[], None]:
-        """The CTC prefix scores of all timed steps of one utterance.
+        """The CTC prefix scores of all timed steps of one utterance of T frames.
 
-        Args:
-            frames: Its frames T.
-
-        Returns:
-            What computes them: scores of the candidates, then the recursion for what is kept.
+        Each step scores the candidates, then takes the recursion for what is kept.
         """
         memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
         state = self.ctc_scorer.init(memory, lengths, self.beam_size)
@@ -224,20 +210,21 @@ class SearchBenchmark:
         return compute
 
     def decoder_step(self, frames: int) -> Callable[[], Tensor]:
-        """A cached step of the decoder alone, in the middle of the timed ones.
-
-        Args:
-            frames: Frames T of one utterance.
-
-        Returns:
-            What scores the tokens that follow, (K, V), each time as many.
-        """
+        """A cached step of the decoder alone, (K, V), in the middle of the timed ones."""
         memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
         state = self.decoder.init(memory, lengths, self.beam_size)
         tokens = torch.randint(1, self.eos, (self.beam_size,), device=self.device)
         for _ in range(MIDDLE - 1):
             _, state = self.decoder.score(tokens, state)
         return lambda: self.decoder.score(tokens, state)[0]
+
+    def reference(self, frames: int) -> tuple[Callable[[], object], str]:
+        """What the timed steps of one utterance of T frames cannot do without, and its name."""
+        if not self.on_gpu:
+            lengths = range(FIRST, LAST + 1)
+            return self.products(self.beam_size, frames, lengths), "bare products"
+        replay = graph_of(self.decoder_step(frames))
+        return lambda: [replay() for _ in range(FIRST, LAST + 1)], "its decoder in a CUDA graph"
 
     def token_bytes(self) -> int:
         """Keys and values of one token of every hypothesis of an utterance."""
@@ -261,22 +248,9 @@ def graph_of(function: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[Row]:
-    """Times a step of the search of one utterance.
-
-    Args:
-        benchmark: Decoder and search.
-        frames: Frames T.
-        work: How much is computed.
-
-    Yields:
-        Rows of the step and of its CTC prefix scores.
-    """
+    """Times a step of the search of one utterance of T frames, and its CTC prefix scores."""
     memory, steps = benchmark.memory(frames), LAST - FIRST + 1
-    reference = benchmark.products(benchmark.beam_size, frames, range(FIRST, LAST + 1))
-    name = "bare products"
-    if benchmark.device.type == "cuda":
-        replay = graph_of(benchmark.decoder_step(frames))
-        reference, name = lambda: [replay() for _ in range(steps)], "its decoder in a CUDA graph"
+    reference, name = benchmark.reference(frames)
     alternatives = [
         partial(benchmark.search, memory, FIRST - 1),
         partial(benchmark.search, memory, LAST),
@@ -293,15 +267,7 @@ def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> I
 
 
 def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> Row:
-    """Times the search of several utterances at once and one by one.
-
-    Args:
-        benchmark: Decoder and search.
-        work: How much is computed.
-
-    Returns:
-        A row, in milliseconds per utterance.
-    """
+    """Times the search of several utterances at once and one by one, in ms per utterance."""
     memories = [benchmark.memory(frames, seed) for seed, frames in enumerate(work.batch_frames)]
     count, tokens = len(memories), work.batch_tokens
     timings = time_in_turns(
@@ -343,15 +309,7 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> Row:
 
 
 def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Row]:
-    """Measures the memory of batches of as many padded frames, decoded to one token a frame.
-
-    Args:
-        benchmark: Decoder and search.
-        work: How much is computed.
-
-    Yields:
-        A row for each batch, in megabytes.
-    """
+    """Measures the memory of batches of as many padded frames, decoded to one token a frame."""
     for utterances, frames in work.memory_shapes:
         memories = [benchmark.memory(frames, seed) for seed in range(utterances)]
         peak = peak_of(partial(benchmark.search_batch, memories, frames), benchmark.device)
@@ -370,17 +328,7 @@ def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Row
 
 
 def measure(size: Size, beam_size: int, work: SearchWork, device: torch.device) -> Iterator[Row]:
-    """Measures all.
-
-    Args:
-        size: Shape of the decoder.
-        beam_size: Hypotheses K.
-        work: How much is computed.
-        device: Where.
-
-    Yields:
-        Rows of the table.
-    """
+    """Measures the search with K hypotheses."""
     benchmark = SearchBenchmark(size, beam_size, device)
     benchmark.search(benchmark.memory(10), 2)  # Libraries take memory on their first use.
     # Memory first: the less is kept from before, the more exact it is.

@@ -111,21 +111,14 @@ def equal_utterances(utterances: Sequence[Utterance]) -> list[Utterance]:
 
 
 def step_on(model: nn.Module, batches: Sequence[Sequence[Utterance]], device: torch.device) -> Step:
-    """Makes a step on batches one after the other, whose loss is the mean over all utterances.
-
-    Args:
-        model: The recogniser.
-        batches: The utterances of each.
-        device: Where the model is.
-    """
-    shares = [len(utterances) / sum(map(len, batches)) for utterances in batches]
+    """Makes a step on equally large batches one after the other, whose loss is their mean."""
     inputs = [make_batch(utterances, device) for utterances in batches]
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        for share, batch in zip(shares, inputs, strict=True):
-            loss = share * model(*batch)[0]
+        for batch in inputs:
+            loss = model(*batch)[0] / len(inputs)
             loss.backward()
             total += loss.detach()
         return total
@@ -175,9 +168,8 @@ def time_settings(work: Work, device: torch.device) -> Iterator[Row]:
         "torch.compile and bfloat16": partial(_in_bfloat16, compiled, device),
     }
     for name, step in steps.items():
-        fast, slow = (
-            t.milliseconds for t in time_in_turns([step, plain], device, max(2, work.repeats))
-        )
+        timings = time_in_turns([step, plain], device, max(2, work.repeats))
+        fast, slow = (timing.milliseconds for timing in timings)
         what = f"training step in {name} (reference: float32, not compiled)"
         notes = [_speed(name, step, fast, work, device)]
         yield Row(what, fast, slow, target=1, faster=True, notes=notes)
@@ -200,14 +192,9 @@ def _speed(name: str, step: Step, milliseconds: float, work: Work, device: torch
 
 
 def profiled(step: Step, device: torch.device) -> list[tuple[str, float]]:
-    """Profiles a step.
+    """Profiles a step: names and microseconds of kernels, or of operators on a CPU.
 
-    Args:
-        step: What is to be profiled.
-        device: Where it computes.
-
-    Returns:
-        Names and microseconds of kernels, or of operators on a CPU, without what they call.
+    The time of an operator is without what it calls.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
@@ -226,9 +213,6 @@ def other_share(times: Iterable[tuple[str, float]]) -> float:
 
     Args:
         times: Names of kernels or operators, and their times; attention's products count too.
-
-    Returns:
-        Share in [0, 1].
     """
     times = list(times)
     matrices = sum(

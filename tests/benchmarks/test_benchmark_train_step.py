@@ -30,14 +30,10 @@ def gradients(model):
 def note_inputs(module, kinds):
     """Shape of what each layer of these kinds is given, by name, once the module has run."""
     shapes = {}
-
-    def note(name, shape):
-        shapes[name] = shape
-
     for name, layer in module.named_modules():
         if isinstance(layer, kinds):
-            layer.register_forward_hook(
-                lambda _, args, __, name=name: note(name, tuple(args[0].shape))
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
             )
     return shapes
 
@@ -55,14 +51,6 @@ def test_one_by_one_has_the_loss_and_the_gradients_of_the_batch():
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-3, atol=1e-5)
 
 
-def test_utterances_of_parts_count_alike():
-    utterances = train_step.utterances_of(WORK)
-    model = train_step.build_model(WORK, CPU).eval()
-    loss = train_step.step_on(model, [utterances], CPU)()
-    parts = train_step.step_on(model, [utterances[:3], utterances[3:]], CPU)()
-    torch.testing.assert_close(parts, loss)
-
-
 def test_equal_utterances_hold_the_same_without_padding():
     utterances = train_step.utterances_of(WORK)
     equal = train_step.equal_utterances(utterances)
@@ -72,33 +60,25 @@ def test_equal_utterances_hold_the_same_without_padding():
         assert max(map(len, after)) - min(map(len, after)) <= (name == "target")
 
 
-def frame_counts(shapes):
-    """Numbers of rows but for the positions, of which a Conformer has 2T - 1."""
-    return {math.prod(shape[:-1]) for name, shape in shapes.items() if "linear_pos" not in name}
-
-
-def test_only_real_frames_pass_through_front_end_and_conformer():
-    model = train_step.build_model(WORK, CPU)
-    layers = note_inputs(model.encoder, nn.Linear | nn.LayerNorm | nn.BatchNorm1d)
-    norms = note_inputs(model.audio_frontend, nn.BatchNorm1d)
-    train_step.step_on(model, [train_step.utterances_of(WORK)], CPU)()
-    frames = sum(WORK.frames)
-    assert frame_counts(layers) == {frames}
-    assert frame_counts(norms) == {frames * steps for steps in (20, 40, 80, 160)}
-
-
 @pytest.mark.parametrize("frames", [(9, 4, 7, 1), (5, 5)])
-def test_only_real_frames_pass_through_the_resnet_of_the_video(frames):
+def test_only_real_frames_pass_through_front_ends_and_conformer(frames):
     work = replace(WORK, frames=frames)
     model = train_step.build_model(work, CPU)
-    shapes = note_inputs(
-        model.video_frontend, nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm3d | nn.MaxPool2d
-    )
+    pixels = nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm3d | nn.MaxPool2d
+    video = note_inputs(model.video_frontend, pixels)
+    audio = note_inputs(model.audio_frontend, nn.BatchNorm1d)
+    layers = note_inputs(model.encoder, nn.Linear | nn.LayerNorm | nn.BatchNorm1d)
     train_step.step_on(model, [train_step.utterances_of(work)], CPU)()
     # A norm and the pooling before eight blocks of two convolutions and norms each; the
     # shortcuts' three norms.
-    assert len(shapes) == 2 + 8 * 4 + 3
-    assert {shape[0] for shape in shapes.values()} == {sum(frames)}
+    assert len(video) == 2 + 8 * 4 + 3
+    assert {shape[0] for shape in video.values()} == {sum(frames)}
+    assert {math.prod(s[:-1]) for s in audio.values()} == {
+        sum(frames) * steps for steps in (20, 40, 80, 160)
+    }
+    # Of positions, a Conformer has 2T - 1.
+    rows = {math.prod(s[:-1]) for name, s in layers.items() if "linear_pos" not in name}
+    assert rows == {sum(frames)}
 
 
 def test_the_model_of_the_benchmark_has_auto_avsrs_sizes():

@@ -12,7 +12,6 @@ from benchmarks.checkpoints import Checkpoint
 from benchmarks.common import CPU
 from benchmarks.qlora_memory import Case, StepMemory, StepRow, WeightRow
 from espnet.nets.adaptation import INSTALLED
-from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 
 FRAMES = (20, 13)
@@ -126,27 +125,6 @@ def test_all_of_an_encoder_is_counted_once(name):
     )
 
 
-@needs_both
-def test_a_conformer_keeps_convolutions_norms_and_biases_of_positions():
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(
-        attention_dim=64,
-        attention_heads=4,
-        linear_units=128,
-        num_blocks=1,
-        cnn_module_kernel=7,
-        dropout_rate=0.1,
-    )
-    row = qlora_memory.measure_weights("Conformer", encoder.bfloat16())
-    convolutions = 64 * 128 + 128 + 64 * 7 + 64 + 64 * 64 + 64
-    norms = 2 * 64 * (5 + 1 + 1)  # of the block, the convolution and the end
-    assert row.left_alone == {
-        "convolutions": 2 * convolutions,
-        "norms": 2 * norms,
-        "others": 2 * 2 * 64,
-    }
-
-
 def test_parts_are_those_of_published_models():
     parts = qlora_memory.published_parts()
     assert list(parts) == [
@@ -217,11 +195,6 @@ def test_a_batch_has_the_streams_and_tokens_of_its_model():
     assert targets.max() < 299
     audio, _, _ = qlora_memory.batch_of({"modality": "audio", "eos": 300}, (100,), CPU)
     assert list(audio) == ["audio"]
-
-
-def test_batches_have_the_frames_that_are_told():
-    assert sum(qlora_memory.FRAMES["cuda"]) == 1000
-    assert sum(qlora_memory.FRAMES["cpu"]) == 300
 
 
 @needs_both

@@ -1,5 +1,4 @@
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -128,29 +127,12 @@ def test_on_a_gpu_the_reference_is_a_graph(benchmark, monkeypatch):
         assert function().shape == (BEAM, SIZE.odim)
         return lambda: replays.append(1)
 
-    def time_in_turns(functions, device, repeats):
-        assert (device.type, repeats) == ("cuda", 2)
-        functions[2]()
-        return [Timing(36 * time, None) for time in (1.0, 6.0, 2.0, 0.5)]
-
     monkeypatch.setattr(search_step, "graph_of", graph_of)
-    monkeypatch.setattr(search_step, "time_in_turns", time_in_turns)
-    monkeypatch.setattr(benchmark, "device", CudaOnly())
-    benchmark.decoder_step = SearchBenchmark(SIZE, BEAM, CPU).decoder_step
-    monkeypatch.setattr(benchmark, "memory", lambda _: None)
-    monkeypatch.setattr(benchmark, "products", lambda *_: None)
-    monkeypatch.setattr(benchmark, "ctc_steps", lambda _: None)
-    work = replace(WORK, step_target=search_step.WORK["cuda"].step_target)
-    step, _ = search_step.measure_step(benchmark, 45, work)
+    benchmark.on_gpu = True
+    reference, name = benchmark.reference(45)
+    reference()
     assert len(replays) == LAST - FIRST + 1
-    assert str(step).endswith(
-        "(reference: its decoder in a CUDA graph) | 5 ms | 2 ms | 2.50 times "
-        "| at most 2 times: no |"
-    )
-
-
-class CudaOnly:
-    type = "cuda"
+    assert name == "its decoder in a CUDA graph"
 
 
 def test_a_batch_beside_one_by_one(benchmark):
