@@ -57,10 +57,7 @@ WHISPER_SMALL = {  # openai/whisper-small, but for layers and vocabulary
 def published_encoder(name: str) -> PreTrainedModel:
     """Builds a model whose encoder has a published checkpoint's size.
 
-    Parts that the encoder leaves out and that would take long to write are small or missing.
-
-    Args:
-        name: Front-end that loads it.
+    Parts that the front-end leaves out and that would take long to write are small or missing.
     """
     if name == "vit":  # google/vit-base-patch16-224-in21k
         return ViTModel(ViTConfig(image_size=IMAGE_SIZE, patch_size=16))
@@ -77,14 +74,7 @@ def published_encoder(name: str) -> PreTrainedModel:
 
 @contextmanager
 def encoder_checkpoint(name: str) -> Iterator[str]:
-    """Writes a checkpoint of an encoder.
-
-    Args:
-        name: Front-end that loads it.
-
-    Yields:
-        Its folder, which is removed at the end.
-    """
+    """Yields a folder with a checkpoint for a front-end, which is removed at the end."""
     torch.manual_seed(0)
     with saved(published_encoder(name)) as folder:
         if name in NORMALISATION:

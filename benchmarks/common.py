@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-HEAD = ("what", "measured", "reference", "ratio", "target")
-HEAD_OF_TIMES = ("what", "time (ms)", "reference (ms)", "ratio", "target")
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class TableRow:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        return _line(self.cells())
+        return markdown_line(self.cells())
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,7 @@ def verdict(reached: bool) -> str:
 
 def print_table(head: Sequence[str], rows: Iterable[TableRow]) -> None:
     """Prints a table, each row once it is there, and then the notes of all rows."""
-    print(_line(head), f"|{'---|' * len(head)}", sep="\n", flush=True)
+    print(markdown_line(head), f"|{'---|' * len(head)}", sep="\n", flush=True)
     notes: list[str] = []
     for row in rows:
         print(row, flush=True)
@@ -162,7 +160,8 @@ def print_table(head: Sequence[str], rows: Iterable[TableRow]) -> None:
         print("", *(f"- {note}" for note in notes), sep="\n")
 
 
-def _line(cells: Iterable[str]) -> str:
+def markdown_line(cells: Iterable[str]) -> str:
+    """A line of a table."""
     return f"| {' | '.join(cells)} |"
 
 
@@ -174,12 +173,20 @@ def print_facts(device: torch.device, *packages: str, precision: str | None = No
     print(", ".join([*versions, where, threads, *([precision] if precision else [])]), end="\n\n")
 
 
-def device_parser(description: str) -> ArgumentParser:
-    """Makes a parser with the flag --device.
+def print_report(
+    device: torch.device,
+    rows: Iterable[Row],
+    columns: tuple[str, str] = ("time (ms)", "reference (ms)"),
+    packages: Sequence[str] = (),
+    precision: str | None = None,
+) -> None:
+    """Prints what figures depend on, and a table; `columns` are those of value and reference."""
+    print_facts(device, *packages, precision=precision)
+    print_table(("what", *columns, "ratio", "target"), rows)
 
-    Args:
-        description: What the benchmark does.
-    """
+
+def device_parser(description: str) -> ArgumentParser:
+    """Makes a parser with the flag --device."""
     parser = ArgumentParser(description=description)
     parser.add_argument(
         "--device",
@@ -191,15 +198,7 @@ def device_parser(description: str) -> ArgumentParser:
 
 
 def parse(parser: ArgumentParser, argv: list[str] | None) -> tuple[Namespace, torch.device]:
-    """Parses the command line of a parser of `device_parser`.
-
-    Args:
-        parser: The parser.
-        argv: The command line without the program's name; that of the process if None.
-
-    Returns:
-        The options, and the device that they name.
-    """
+    """Parses the command line of a parser of `device_parser`: options, and the device named."""
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda, but PyTorch finds no GPU: choose --device cpu")

@@ -37,7 +37,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import memory
-from benchmarks.common import CPU, Row, print_facts, print_table, run_apart, time_in_turns
+from benchmarks.common import CPU, Row, print_report, run_apart, time_in_turns
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.demo_corpus import make_demo_corpus
@@ -46,7 +46,6 @@ from datamodule.media import find_audio
 from datamodule.samplers import Batch
 from datamodule.text_transform import TextTransform
 
-HEAD = ("what", "value", "reference", "ratio", "target")
 DECODING_TARGET = 1.5
 FIRST_BATCH_S = 5
 LIST_S = 5
@@ -97,13 +96,7 @@ def corpus(root_dir: str, sentences: int) -> Iterator[str]:
 
 
 def set_up(root_dir: str, text_transform: Any, **options: Any) -> DataModule:
-    """Makes the data module of training on a list, and lets it read the list.
-
-    Args:
-        root_dir: Folder of the list and of the clips that it names.
-        text_transform: Of the list's texts.
-        **options: Further ones of the data module.
-    """
+    """Makes the data module of training on a list, with further options, and reads the list."""
     data = DataModule(
         root_dir=root_dir,
         streams=STREAMS,
@@ -344,9 +337,8 @@ def main(argv: list[str] | None = None, work: Work = WORK) -> None:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    print_facts(CPU, "av")
     with corpus(args.root_dir, work.sentences) as root_dir:
-        print_table(HEAD, measure(root_dir, work))
+        print_report(CPU, measure(root_dir, work), ("value", "reference"), packages=["av"])
 
 
 def measure(root_dir: str, work: Work) -> Iterator[Row]:

@@ -51,16 +51,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import checkpoints, search_step
 from benchmarks.checkpoints import LLAMA_LAYERS, Checkpoint
-from benchmarks.common import (
-    HEAD,
-    HEAD_OF_TIMES,
-    Row,
-    device_parser,
-    parse,
-    print_facts,
-    print_table,
-    time_in_turns,
-)
+from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
 from benchmarks.noise import noise
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.decoders import LLAMA_CONDITIONINGS
@@ -70,7 +61,6 @@ from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
 TARGET = 1.1
 FRAMES = 200  # 8 s
 OPEN = 0.5  # value of the gates where `generate` has the gated blocks too
-HEAD_OF_STEPS = ("what", "step (ms)", *HEAD_OF_TIMES[2:])
 
 Decoder = LLaMADecoder | WhisperDecoder
 Search = Callable[[int, int], Tensor]
@@ -363,8 +353,9 @@ def main(argv: list[str] | None = None) -> None:
     if own and options.dtype != "float32":
         parser.error(f"--dtype {options.dtype} is for a checkpoint: name its --decoder too")
     transformers_logging.disable_progress_bar()
-    print_facts(device, "transformers", precision=options.dtype)
-    print_table(HEAD if own else HEAD_OF_STEPS, rows_of(options, device))
+    columns = ("measured", "reference") if own else ("step (ms)", "reference (ms)")
+    rows, packages = rows_of(options, device), ["transformers"]
+    print_report(device, rows, columns, packages, options.dtype)
 
 
 if __name__ == "__main__":

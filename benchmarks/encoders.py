@@ -27,15 +27,7 @@ from transformers import WhisperFeatureExtractor, WhisperModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.checkpoints import ENCODER_CLASSES, IMAGE_SIZE, TITLES, encoder_checkpoint
-from benchmarks.common import (
-    HEAD_OF_TIMES,
-    Row,
-    device_parser,
-    parse,
-    print_facts,
-    print_table,
-    time_in_turns,
-)
+from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
 from benchmarks.noise import CROP, noise
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import VISION_ENCODERS, WHISPER_SECONDS
@@ -161,11 +153,7 @@ def time_ragged_batch(name: str, folder: str, work: Work, device: torch.device) 
 
 
 def ragged_utterances(name: str, work: Work, device: torch.device) -> list[Tensor]:
-    """Makes utterances of different lengths: noise.
-
-    Returns:
-        Videos, (T, 1, H, W) each, or waveforms, (S, 1) each, as the encoder wants.
-    """
+    """Makes videos, (T, 1, H, W) each, or waveforms, (S, 1) each, as the encoder wants."""
     if name in VISION_ENCODERS:
         lengths = [frames // work.frame_step for frames in RAGGED_FRAMES]
         shape: tuple[int, ...] = (1, CROP, CROP)
@@ -203,8 +191,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     options, device = parse(parser, argv)
     transformers_logging.disable_progress_bar()
-    print_facts(device, "transformers", precision="float32")
-    print_table(HEAD_OF_TIMES, measure(options.encoder, WORK[device.type], device))
+    rows = measure(options.encoder, WORK[device.type], device)
+    print_report(device, rows, packages=["transformers"], precision="float32")
 
 
 if __name__ == "__main__":

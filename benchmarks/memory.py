@@ -11,12 +11,7 @@ PROCESS = Path("/proc/self")
 
 
 def of_process(*names: str, file: str = "status") -> int:
-    """Sums up sizes that Linux tells of this process.
-
-    Args:
-        names: Keys of the file's lines.
-        file: File of /proc/self.
-    """
+    """Sums up sizes that Linux tells of this process in lines of a file of /proc/self."""
     lines = (line.split() for line in (PROCESS / file).read_text().splitlines())
     return sum(1024 * int(words[1]) for words in lines if words[0].rstrip(":") in names)
 

@@ -37,14 +37,7 @@ class Utterance:
 def make_utterances(
     frames: Sequence[int], tokens: Sequence[int], vocabulary: int, crop: int = CROP
 ) -> list[Utterance]:
-    """Makes utterances.
-
-    Args:
-        frames: Video frames T of each.
-        tokens: Tokens U of each.
-        vocabulary: Their ids are less than this, and not 0.
-        crop: Height and width of the video.
-    """
+    """Makes utterances of T video frames and U tokens each, of ids from 1 to `vocabulary` - 1."""
     generator = torch.Generator().manual_seed(0)
     return [
         Utterance(
@@ -61,12 +54,7 @@ def make_batch(
     device: torch.device,
     streams: Sequence[str] = ("video", "audio"),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Pads utterances to a batch, as the data module does.
-
-    Args:
-        utterances: The utterances.
-        device: Where the batch is to be.
-        streams: What the model takes of them.
+    """Pads streams of utterances to a batch, as the data module does.
 
     Returns:
         What `E2E.forward` takes: streams, their lengths, and targets padded with -1.

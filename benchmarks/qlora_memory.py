@@ -41,17 +41,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, WhisperForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import checkpoints, memory
+from benchmarks import checkpoints, common, memory
 from benchmarks.checkpoints import ENCODER_CLASSES, TITLES
-from benchmarks.common import (
-    TableRow,
-    device_parser,
-    parse,
-    print_facts,
-    print_table,
-    run_apart,
-    verdict,
-)
 from benchmarks.noise import FRAMES_PER_SECOND, make_batch, make_utterances
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
@@ -82,7 +73,7 @@ FRAMES = {  # of the utterances of a batch
 
 
 @dataclass(frozen=True)
-class WeightRow(TableRow):
+class WeightRow(common.TableRow):
     """A part's bytes in 4 bits and in bfloat16.
 
     Attributes:
@@ -113,7 +104,7 @@ class WeightRow(TableRow):
             _megabytes(self.linear),
             _megabytes(self.linear_bfloat16),
             f"{self.ratio:.3f}",
-            f"at most {WEIGHT_TARGET:.2f}: {verdict(self.ratio <= WEIGHT_TARGET)}",
+            f"at most {WEIGHT_TARGET:.2f}: {common.verdict(self.ratio <= WEIGHT_TARGET)}",
             f"{_megabytes(self.whole)} of {_megabytes(self.whole_bfloat16)}",
             f"{self.whole / self.whole_bfloat16:.3f}",
             ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()),
@@ -246,7 +237,7 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class StepRow(TableRow):
+class StepRow(common.TableRow):
     """A row of the second table.
 
     Attributes:
@@ -272,7 +263,7 @@ class StepRow(TableRow):
         if self.target is None:
             return [*cells, ""]
         reached = max(memory.loading, memory.steps) < self.target
-        return [*cells, f"under {self.target / 1e9:g} GB: {verdict(reached)}"]
+        return [*cells, f"under {self.target / 1e9:g} GB: {common.verdict(reached)}"]
 
 
 NO_CONFORMER = {"elayers": 0}
@@ -291,13 +282,9 @@ def full(*parts: str) -> dict[str, Any]:
 def cases(device: str) -> dict[str, Case]:
     """The recognisers that are trained on `cpu` or `cuda`, by the size of their LLaMA."""
     if device == "cpu":
-        case = Case(
-            "Whisper small, Llama-3.2-1B with 4 of 16 layers",
-            ("whisper",),
-            checkpoints.llama("prefix", layers=4),
-            {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA},
-        )
-        return {"1b": case}
+        title = "Whisper small, Llama-3.2-1B with 4 of 16 layers"
+        ways = {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA}
+        return {"1b": Case(title, ("whisper",), checkpoints.llama("prefix", 4), ways)}
     parts = ("vision_encoder", "audio_encoder", "decoder")
     return {
         "1b": Case(
@@ -355,7 +342,7 @@ def measure_case(case: Case, frames: tuple[int, ...], device: torch.device) -> I
                 yield StepRow(case.title, way, more)
                 continue
             try:
-                took = run_apart(measure_training, {**options, **more}, frames, device)
+                took = common.run_apart(measure_training, {**options, **more}, frames, device)
             except BrokenProcessPool:
                 took = "ended without a result, as a process that takes more memory than there is"
             yield StepRow(case.title, way, took, case.target if "use_qlora" in more else None)
@@ -446,7 +433,7 @@ def measure_steps(device: torch.device, llama: str | None) -> Iterator[StepRow]:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    parser = device_parser("Measure the memory that QLoRA takes and saves.")
+    parser = common.device_parser("Measure the memory that QLoRA takes and saves.")
     parser.add_argument(
         "--table", choices=["weights", "steps"], help="print this table only (default: both)"
     )
@@ -455,16 +442,16 @@ def main(argv: list[str] | None = None) -> None:
         choices=["1b", "8b"],
         help="train recognisers with this LLaMA only (default: 1b on a CPU, both on a GPU)",
     )
-    options, device = parse(parser, argv)
+    options, device = common.parse(parser, argv)
     status = memory.PROCESS / "status"
     if options.device == "cpu" and options.table != "weights" and not status.exists():
         parser.error(f"{status} is missing, where Linux tells the peak: choose --table weights")
     if options.llama and options.llama not in cases(options.device):
         parser.error(f"--llama {options.llama} needs --device cuda")
     transformers_logging.disable_progress_bar()
-    print_facts(device, "transformers", "bitsandbytes", "peft")
+    common.print_facts(device, "transformers", "bitsandbytes", "peft")
     if options.table != "steps":
-        print_table(HEAD_OF_WEIGHTS, measure_parts(device))
+        common.print_table(HEAD_OF_WEIGHTS, measure_parts(device))
     if options.table is None:
         print()
     if options.table != "weights":
@@ -474,7 +461,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{sum(frames) / FRAMES_PER_SECOND:g} s of audio; without padding; no Conformer unless "
             f"it is named; {STEPS} steps\n"
         )
-        print_table(HEAD_OF_STEPS, measure_steps(device, options.llama))
+        common.print_table(HEAD_OF_STEPS, measure_steps(device, options.llama))
 
 
 if __name__ == "__main__":

@@ -32,15 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import (
-    HEAD_OF_TIMES,
-    Row,
-    device_parser,
-    parse,
-    print_facts,
-    print_table,
-    time_in_turns,
-)
+from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
 from benchmarks.noise import CROP, Utterance, make_batch, make_utterances
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 
@@ -238,9 +230,9 @@ def main(argv: list[str] | None = None) -> None:
         help="time bfloat16 and torch.compile on a CPU too, which takes minutes",
     )
     options, device = parse(parser, argv)
-    print_facts(device, precision="float32")
     settings = options.compile or device.type == "cuda"
-    print_table(HEAD_OF_TIMES, measure(WORK[device.type], device, settings=settings))
+    rows = measure(WORK[device.type], device, settings=settings)
+    print_report(device, rows, precision="float32")
 
 
 if __name__ == "__main__":

@@ -29,31 +29,29 @@ def test_a_process_apart_is_another_one():
 
 
 @pytest.mark.parametrize(
-    ("row", "line"),
+    ("row", "cells"),
     [
-        (Row("a", 23.0, 20.0, 1.15), "| a | 23.0 | 20.0 | 1.15 times | at most 1.15 times: yes |"),
-        (Row("b", 23.1, 20.0, 1.15), "| b | 23.1 | 20.0 | 1.16 times | at most 1.15 times: no |"),
+        (Row("a", 23.0, 20.0, 1.15), "23.0 | 20.0 | 1.15 times | at most 1.15 times: yes"),
+        (Row("a", 23.1, 20.0, 1.15), "23.1 | 20.0 | 1.16 times | at most 1.15 times: no"),
         (
-            Row("c", 20.0, 130.0, 6.5, faster=True),
-            "| c | 20.0 | 130.0 | 6.50 times faster | at least 6.5 times faster: yes |",
+            Row("a", 20.0, 130.0, 6.5, faster=True),
+            "20.0 | 130.0 | 6.50 times faster | at least 6.5 times faster: yes",
         ),
         (
-            Row("d", 20.0, 129.0, 6.5, faster=True),
-            "| d | 20.0 | 129.0 | 6.45 times faster | at least 6.5 times faster: no |",
+            Row("a", 20.0, 129.0, 6.5, faster=True),
+            "20.0 | 129.0 | 6.45 times faster | at least 6.5 times faster: no",
         ),
         (
-            Row("e", 200.0, 300.0, 1.5, "clips/s", rate=True),
-            "| e | 200.0 clips/s | 300.0 clips/s | 1.50 times | at most 1.5 times: yes |",
+            Row("a", 200.0, 300.0, 1.5, "clips/s", rate=True),
+            "200.0 clips/s | 300.0 clips/s | 1.50 times | at most 1.5 times: yes",
         ),
-        (Row("f", 0.1234, 0.2468, unit="s"), "| f | 0.123 s | 0.247 s | 0.50 times |  |"),
-        (Row("g", 5.0, target=5, unit="s"), "| g | 5 s |  |  | at most 5 s: yes |"),
-        (Row("h", 5.01, target=5, unit="s"), "| h | 5.01 s |  |  | at most 5 s: no |"),
-        (Row("i", 5.0), "| i | 5 |  |  |  |"),
+        (Row("a", 0.1234, 0.2468, unit="s"), "0.123 s | 0.247 s | 0.50 times | "),
+        (Row("a", 5.0, target=5, unit="s"), "5 s |  |  | at most 5 s: yes"),
+        (Row("a", 5.01, target=5, unit="s"), "5.01 s |  |  | at most 5 s: no"),
     ],
 )
-def test_rows_tell_whether_the_target_is_reached(row, line):
-    assert str(row) == line
-    assert row.is_met == (": no" not in line)
+def test_rows_tell_whether_the_target_is_reached(row, cells):
+    assert str(row) == f"| a | {cells} |"
 
 
 def test_notes_follow_the_table(capsys):
