@@ -1,39 +1,37 @@
 #!/usr/bin/env python3
 """Scores a checkpoint or a published Whisper on a test list: hypotheses and error rates."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 
-from espnet.utils.model_options import complete_model
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import eval_parser, one_line
-from espnet.utils.run_config import find_vocabulary, parse_eval_args
+from espnet.utils.options import Options, eval_parser, one_line
+from espnet.utils.run_config import completed, find_vocabulary, parse_eval_args
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Namespace, str, ArgumentParser]:
+def parse_args(argv: list[str] | None = None) -> tuple[Options, str, ArgumentParser]:
     """Parses and checks the command line; ends with an error that names every problem.
 
     Args:
         argv: Command line; None for that of the process.
 
     Returns:
-        Options, the modality that the model was trained for, and the parser.
+        Options of the model and the scoring, the modality to score, which may be a part of the
+        model's, and the parser.
     """
     parser = eval_parser()
-    args, model_modality = parse_eval_args(parser, argv)
-    if problems := evaluation_problems(args, model_modality):
+    options, modality = parse_eval_args(parser, argv)
+    if problems := evaluation_problems(options, modality):
         parser.error("; ".join(problems))
-    complete_model(args, model_modality)
-    find_vocabulary(args, parser)
-    return args, model_modality, parser
+    return find_vocabulary(completed(options), parser), modality, parser
 
 
-def run(args: Namespace, model_modality: str) -> None:
+def run(options: Options, modality: str) -> None:
     """Decodes, scores and prints.
 
     Args:
-        args: Options.
-        model_modality: What the model was trained for; `args.modality` may be a part of it.
+        options: Resolved.
+        modality: To score.
 
     Raises:
         ValueError: If the data, the checkpoint or the hardware does not fit the options.
@@ -43,47 +41,50 @@ def run(args: Namespace, model_modality: str) -> None:
     from espnet.utils.building import (
         build_data,
         build_model,
-        build_module,
         build_text_transform,
         check_positions,
     )
     from espnet.utils.checkpoint import load_model
     from espnet.utils.evaluation import conditions_of, evaluate, format_summaries
     from espnet.utils.trainer import build_trainer, set_up_logging
+    from lightning import ModelModule
 
-    set_up_logging(debug=args.debug)
-    pl.seed_everything(args.seed, verbose=False)
-    text_transform = build_text_transform(args)
-    data = build_data(args, args.modality, text_transform)
+    set_up_logging(debug=options.hardware.debug)
+    pl.seed_everything(options.data.seed, verbose=False)
+    text_transform = build_text_transform(options.model.decoder, options.data)
+    data = build_data(options, modality, text_transform)
     data.setup("test")
-    check_positions(args, data, text_transform)
-    model = build_model(args, model_modality, text_transform)
-    if args.pretrained_model_path:
-        load_model(model, args.pretrained_model_path)
+    check_positions(options.model, data, text_transform)
+    model = build_model(options.model, text_transform)
+    if options.training.pretrained_model_path:
+        load_model(model, options.training.pretrained_model_path)
+    scoring = options.scoring
     summaries = evaluate(
-        build_trainer(args, model, logger=False, enable_checkpointing=False),
-        build_module(args, model, text_transform),
-        {args.modality: data},
-        conditions_of(args.modality, args.decode_snr_target),
-        Path(args.output_dir or default_output_dir(args)),
-        args.normalize,
+        build_trainer(options.hardware, model, logger=False, enable_checkpointing=False),
+        ModelModule(model, text_transform, search=options.search),
+        {modality: data},
+        conditions_of(modality, scoring.decode_snr_target),
+        Path(scoring.output_dir or default_output_dir(options, modality)),
+        scoring.normalize,
     )
     print(format_summaries(summaries))
 
 
-def default_output_dir(args: Namespace) -> Path:
+def default_output_dir(options: Options, modality: str) -> Path:
     """A folder for each test list and modality: beside the checkpoint, or here without one."""
-    checkpoint = Path(args.pretrained_model_path or Path(args.decoder_name).name)
-    return checkpoint.with_name(f"{checkpoint.stem}_{Path(args.test_file).stem}_{args.modality}")
+    decoder = Path(options.model.decoder.decoder_name or "").name
+    checkpoint = Path(options.training.pretrained_model_path or decoder)
+    test_list = Path(options.data.test_file).stem
+    return checkpoint.with_name(f"{checkpoint.stem}_{test_list}_{modality}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
-    args, model_modality, parser = parse_args(argv)
+    options, modality, parser = parse_args(argv)
     try:
-        run(args, model_modality)
+        run(options, modality)
     except (ValueError, OSError) as error:
-        if args.debug:
+        if options.hardware.debug:
             raise
         parser.error(one_line(error))
 

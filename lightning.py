@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from datamodule.text_transform import TextTransform
-from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
-from espnet.nets.scorers.ctc import CTCPrefixScorer
-from espnet.nets.scorers.length_bonus import LengthBonus
+from espnet.nets.search import build_beam_search
+from espnet.nets.search_options import SearchOptions
 from espnet.utils.checkpoint import check_bases, without_bases
 from espnet.utils.evaluation import Decoded
 from espnet.utils.optimizer import build_optimizer, parameter_groups
+from espnet.utils.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -30,86 +30,16 @@ COUNTS = ("bad_clips", "skipped_utterances", "short_utterances", "nonfinite_step
 VALIDATION_SUMS = ("loss_val", "loss_ctc_val", "loss_att_val", "decoder_acc_val")
 
 
-def build_beam_search(
-    model: E2E,
-    token_list: list[str],
-    *,
-    beam_size: int,
-    ctc_weight: float,
-    length_bonus: float,
-    max_tokens: int | None = None,
-    end_when_beaten: bool = False,
-    length_normalization: bool = False,
-    stop_repeats: bool = False,
-) -> BatchBeamSearch:
-    """Joint CTC/attention search over a model's vocabulary.
-
-    Args:
-        model: Recogniser.
-        token_list: Its vocabulary, blank and eos included.
-        beam_size: Hypotheses that are kept.
-        ctc_weight: Weight of the CTC prefix score; the decoder has the rest.
-        length_bonus: Score of every token.
-        max_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
-        end_when_beaten: As for `BatchBeamSearch`, and the following too.
-        length_normalization: Whether hypotheses are compared by their score per token.
-        stop_repeats: Whether one that has begun to repeat itself is stopped.
-
-    Returns:
-        The search.
-
-    Raises:
-        ValueError: If CTC is to have a share, and the model has no CTC layer.
-    """
-    if ctc_weight and model.ctc is None:
-        raise ValueError(
-            f"CTC weight {ctc_weight} in the search, but the model has no CTC layer: set it to 0"
-        )
-
-    def limit(frames: int) -> int:
-        of_decoder = model.decoder.max_tokens(frames)
-        return of_decoder if max_tokens is None else min(of_decoder, max_tokens)
-
-    return BatchBeamSearch(
-        beam_size=beam_size,
-        vocab_size=len(token_list),
-        weights={"decoder": 1.0 - ctc_weight, "ctc": ctc_weight, "length_bonus": length_bonus},
-        scorers={
-            "decoder": model.decoder,
-            "ctc": None if model.ctc is None else CTCPrefixScorer(model.ctc, model.eos),
-            "length_bonus": LengthBonus(len(token_list)),
-        },
-        sos=model.sos,
-        eos=model.eos,
-        token_list=token_list,
-        pre_beam_score_key=None if ctc_weight == 1.0 else "decoder",
-        max_tokens=limit,
-        end_when_beaten=end_when_beaten or length_normalization,
-        length_normalization=length_normalization,
-        stop_repeats=stop_repeats,
-    )
-
-
 class ModelModule(pl.LightningModule):
     """Trains, validates and decodes with an `E2E` model.
 
     Args:
         model: Recogniser.
         text_transform: Its vocabulary.
-        lr: Highest learning rate.
-        lr_pretrained: Highest rate of adapters and of trained pretrained parts; None: `lr`.
-        weight_decay: Of weights; norms, biases and gates have none.
-        optimizer: As for `build_optimizer`.
-        warmup_epochs: Epochs in which the rate rises; it then falls to zero along a cosine.
+        training: The rates rise in the warm-up, and then fall to zero along a cosine.
+        search: How it decodes; what is open follows from the model.
         seed: Of dropout; each step draws from a generator that depends on the seed, the epoch,
             the batch and the process only, so that a resumed run draws what it would have drawn.
-        beam_size: Hypotheses that the search keeps.
-        ctc_decode_weight: CTC's share of the search's score.
-        length_bonus: Score of every token in the search.
-        max_dec_tokens: Most tokens of a hypothesis; None for what frames and decoder allow.
-        end_when_beaten: As for `BatchBeamSearch`, and the following too.
-        length_normalization: Whether hypotheses are compared by their score per token.
-        stop_repeats: Whether one that has begun to repeat itself is stopped.
 
     Attributes:
         wishes: What this process asks of all of them, 0 or 1 each; callbacks fill it in before a
@@ -121,40 +51,17 @@ class ModelModule(pl.LightningModule):
         self,
         model: E2E,
         text_transform: TextTransform,
-        *,
-        lr: float = 1e-3,
-        lr_pretrained: float | None = None,
-        weight_decay: float = 0.03,
-        optimizer: str = "adamw",
-        warmup_epochs: float = 5,
+        training: TrainingOptions | None = None,
+        search: SearchOptions | None = None,
         seed: int = 42,
-        beam_size: int = 40,
-        ctc_decode_weight: float = 0.1,
-        length_bonus: float = 0.0,
-        max_dec_tokens: int | None = None,
-        end_when_beaten: bool = False,
-        length_normalization: bool = False,
-        stop_repeats: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.text_transform = text_transform
-        self.lr = lr
-        self.lr_pretrained = lr_pretrained
-        self.weight_decay = weight_decay
-        self.optimizer = optimizer
-        self.warmup_epochs = warmup_epochs
+        self.training_options = training or TrainingOptions()
         self.seed = seed
         self.beam_search = build_beam_search(
-            model,
-            text_transform.token_list,
-            beam_size=beam_size,
-            ctc_weight=ctc_decode_weight,
-            length_bonus=length_bonus,
-            max_tokens=max_dec_tokens,
-            end_when_beaten=end_when_beaten,
-            length_normalization=length_normalization,
-            stop_repeats=stop_repeats,
+            model, search or SearchOptions(), text_transform.token_list
         )
         self.decoded: dict[int, list[Decoded]] = {}
         self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.
@@ -167,17 +74,18 @@ class ModelModule(pl.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW, with a rate that rises linearly and then falls along a cosine, by step."""
+        options = self.training_options
         groups = parameter_groups(
             self.model,
-            lr=self.lr,
-            lr_pretrained=self.lr_pretrained,
-            weight_decay=self.weight_decay,
+            lr=options.lr,
+            lr_pretrained=options.lr_pretrained,
+            weight_decay=options.weight_decay,
         )
         # Lightning refuses to clip for a fused step in any mixed precision, bfloat16 too.
         fused = "mixed" not in self.trainer.precision
-        optimizer = build_optimizer(self.optimizer, groups, fused=fused)
+        optimizer = build_optimizer(options.optimizer, groups, fused=fused)
         steps = self.trainer.estimated_stepping_batches
-        warmup_steps = steps * self.warmup_epochs / self.trainer.max_epochs
+        warmup_steps = steps * options.warmup_epochs / self.trainer.max_epochs
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, warmup_steps, steps)
         )

@@ -4,21 +4,18 @@
 import os
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from espnet.nets.encoders import resolve_encoders
-from espnet.utils.model_options import complete_model
+from datamodule.options import DEFAULT_LIST
+from espnet.option_tree import changed, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
-from espnet.utils.options import (
-    DEFAULT_LIST,
-    one_line,
-    train_parser,
-)
+from espnet.utils.options import Options, one_line, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
-from espnet.utils.run_config import find_vocabulary, save_config
+from espnet.utils.run_config import completed, find_vocabulary, save_config
 from espnet.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the options are checked.
@@ -30,53 +27,57 @@ if TYPE_CHECKING:  # torch takes seconds to import: not before the options are c
 GRADIENT_CLIP = 10.0
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[Namespace, ArgumentParser]:
+def parse_args(argv: list[str] | None = None) -> tuple[Options, ArgumentParser]:
     """Parses and checks the command line; ends with an error that names every problem.
 
     Args:
         argv: Command line; None for that of the process.
 
     Returns:
-        Options and parser.
+        Options, resolved, and parser.
     """
     parser = train_parser()
-    args = parser.parse_args(argv)
-    if args.recipe:
-        parser.set_defaults(**recipe_options(args))
-        args = parser.parse_args(argv)
-    if args.demo:
-        parser.set_defaults(**{**demo_options(args), **recipe_options(args)})
-        args = parser.parse_args(argv)
-        make_corpus(args, parser)
-    args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)
-    if problems := training_problems(args):
+
+    def parse(**defaults: Any) -> Options:
+        parser.set_defaults(**defaults)
+        return from_flat(Options, vars(parser.parse_args(argv)))
+
+    options = parse()
+    name, demo = options.run.recipe, options.run.demo
+    recipe = recipe_options(name, demo=demo, qlora=options.model.adaptation.use_qlora)
+    options = parse(**recipe)
+    if demo:
+        options = parse(**{**demo_options(options.model), **recipe})
+        make_corpus(options.data.root_dir, parser)
+    options = changed(options, modality=options.model.encoders.resolved().modality)
+    if problems := training_problems(options):
         parser.error("; ".join(problems))
-    complete_model(args, args.modality)
-    if not args.test_file and (Path(args.root_dir) / "labels" / DEFAULT_LIST).is_file():
-        args.test_file = DEFAULT_LIST
-    find_vocabulary(args, parser)
-    return args, parser
+    options = completed(options)
+    data = options.data
+    if not data.test_file and (Path(data.root_dir) / "labels" / DEFAULT_LIST).is_file():
+        options = replace(options, data=replace(data, test_file=DEFAULT_LIST))
+    return find_vocabulary(options, parser), parser
 
 
-def make_corpus(args: Namespace, parser: ArgumentParser) -> None:
-    """Makes the demo corpus in `--root-dir`, unless it is there."""
+def make_corpus(root_dir: str, parser: ArgumentParser) -> None:
+    """Makes the demo corpus in a folder, unless it is there."""
     if any(int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "SLURM_PROCID", "RANK")):
-        while not (Path(args.root_dir) / "corpus.json").is_file():
+        while not (Path(root_dir) / "corpus.json").is_file():
             time.sleep(1)  # The first process makes it.
         return
     from datamodule.demo_corpus import make_demo_corpus
 
     try:
-        make_demo_corpus(args.root_dir)
+        make_demo_corpus(root_dir)
     except (ValueError, RuntimeError, OSError) as error:
         parser.error(one_line(error))
 
 
-def run(args: Namespace, watch: Stopwatch) -> None:
+def run(options: Options, watch: Stopwatch) -> None:
     """Trains, averages and scores.
 
     Args:
-        args: Options.
+        options: Resolved.
         watch: Takes the time of each part.
 
     Raises:
@@ -87,7 +88,6 @@ def run(args: Namespace, watch: Stopwatch) -> None:
     from espnet.utils.building import (
         build_data,
         build_model,
-        build_module,
         build_text_transform,
         check_positions,
     )
@@ -95,47 +95,49 @@ def run(args: Namespace, watch: Stopwatch) -> None:
     from espnet.utils.checkpoint_io import remove_unfinished, whole_file
     from espnet.utils.interruption import ending_together
     from espnet.utils.trainer import package_versions, parameter_count, set_up_logging
+    from lightning import ModelModule
 
-    set_up_logging(debug=args.debug)
-    pl.seed_everything(args.seed, workers=True, verbose=False)
-    text_transform = build_text_transform(args)
-    data = build_data(args, args.modality, text_transform)
+    modality = options.model.encoders.modality
+    set_up_logging(debug=options.hardware.debug)
+    pl.seed_everything(options.data.seed, workers=True, verbose=False)
+    text_transform = build_text_transform(options.model.decoder, options.data)
+    data = build_data(options, modality, text_transform)
     data.setup("fit")
-    if args.test_file:
+    if options.data.test_file:
         data.setup("test")
-    check_positions(args, data, text_transform)
-    model = build_model(args, args.modality, text_transform)
-    if args.pretrained_model_path:
+    check_positions(options.model, data, text_transform)
+    model = build_model(options.model, text_transform)
+    if options.training.pretrained_model_path:
         transfer_weights(
             model,
-            args.pretrained_model_path,
-            frontend=args.transfer_frontend,
-            encoder=args.transfer_encoder,
+            options.training.pretrained_model_path,
+            frontend=options.training.transfer_frontend,
+            encoder=options.training.transfer_encoder,
         )
-    run_dir = Path(args.exp_dir) / args.exp_name
-    resume = resume_path(args, run_dir)
+    run_dir = Path(options.run.exp_dir) / options.run.exp_name
+    resume = resume_path(options.run.ckpt_path, run_dir)
     if resume:
         check_resumable(resume, model)
-    module = build_module(args, model, text_transform)
-    trainer = make_trainer(args, model, run_dir)
-    if trainer.is_global_zero and not args.fast_dev_run:
+    module = ModelModule(model, text_transform, options.training, options.search, options.data.seed)
+    trainer = make_trainer(options, model, run_dir)
+    if trainer.is_global_zero and not options.run.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         with whole_file(run_dir / "config.yaml") as unfinished:
-            save_config(args, unfinished, package_versions())
-        print(f"Training {parameter_count(model)} ({args.modality}) in {run_dir}")
+            save_config(to_flat(options), unfinished, package_versions())
+        print(f"Training {parameter_count(model)} ({modality}) in {run_dir}")
     watch.lap("preparing")
     with ending_together(trainer):
-        fit(args, trainer, module, data, resume)
+        fit(options, trainer, module, data, resume)
         watch.lap("training")
-        if args.fast_dev_run or trainer.interrupted:
+        if options.run.fast_dev_run or trainer.interrupted:
             return
-        average = run_dir / f"model_avg_{args.average_epochs}.pth"
+        average = run_dir / f"model_avg_{options.training.average_epochs}.pth"
         files = [average, *average_and_plot(trainer, run_dir, average)]
         watch.lap("averaging")
-        if args.test_file:
+        if options.data.test_file:
             load_model(module.model, average)
-            files += score(args, trainer, module, data, run_dir / "test")
+            files += score(options, trainer, module, data, run_dir / "test")
             watch.lap("scoring")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
@@ -143,7 +145,7 @@ def run(args: Namespace, watch: Stopwatch) -> None:
 
 
 def fit(
-    args: Namespace,
+    options: Options,
     trainer: "pl.Trainer",
     module: "pl.LightningModule",
     data: "DataModule",
@@ -152,7 +154,7 @@ def fit(
     """Trains; a signal ends the process once its state is saved.
 
     Args:
-        args: Options.
+        options: Resolved.
         trainer: Of the run.
         module: What is trained.
         data: Data of the run.
@@ -176,15 +178,15 @@ def fit(
     except MisconfigurationException as error:
         raise ValueError(f"Lightning refuses the options: {one_line(error)}") from None
     except (RuntimeError, MemoryError) as error:
-        if (remedy := of_type[FailedBatch].remedy(error, args)) is None:
+        if (remedy := of_type[FailedBatch].remedy(error, options)) is None:
             raise
         raise ValueError(remedy) from error
 
 
-def resume_path(args: Namespace, run_dir: Path) -> str | None:
+def resume_path(given: str | None, run_dir: Path) -> str | None:
     """The checkpoint to resume from; None to start anew, also for `last` before there is one."""
-    if args.ckpt_path != "last":
-        return args.ckpt_path
+    if given != "last":
+        return given
     last = run_dir / "last.ckpt"
     return str(last) if last.is_file() else None
 
@@ -209,11 +211,11 @@ def check_resumable(path: str, model: "E2E") -> None:
     load_model(model, path)
 
 
-def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
+def make_trainer(options: Options, model: "E2E", run_dir: Path) -> "pl.Trainer":
     """Makes the trainer with its callbacks.
 
     Args:
-        args: Options.
+        options: Resolved.
         model: What is to be trained.
         run_dir: Folder of the run.
 
@@ -225,31 +227,33 @@ def make_trainer(args: Namespace, model: "E2E", run_dir: Path) -> "pl.Trainer":
     from espnet.utils.checkpoint_io import WholeFileCheckpointIO
     from espnet.utils.trainer import build_logger, build_trainer
 
-    callbacks = make_callbacks(args, run_dir)
-    logger = build_logger("none" if args.fast_dev_run else args.logger, run_dir, args.group_name)
+    callbacks = make_callbacks(options, run_dir)
+    logger = build_logger(
+        "none" if options.run.fast_dev_run else options.run.logger, run_dir, options.run.group_name
+    )
     if logger:
         callbacks.append(LearningRateMonitor(logging_interval="step"))
     return build_trainer(
-        args,
+        options.hardware,
         model,
         callbacks=callbacks,
         plugins=[WholeFileCheckpointIO()],
         logger=logger,
-        enable_checkpointing=not args.fast_dev_run,
-        max_epochs=args.max_epochs,
-        accumulate_grad_batches=args.accumulate_grad_batches,
+        enable_checkpointing=not options.run.fast_dev_run,
+        max_epochs=options.training.max_epochs,
+        accumulate_grad_batches=options.training.accumulate_grad_batches,
         gradient_clip_val=GRADIENT_CLIP,
-        fast_dev_run=args.fast_dev_run,
-        overfit_batches=args.overfit_batches,
+        fast_dev_run=options.run.fast_dev_run,
+        overfit_batches=options.run.overfit_batches,
         default_root_dir=run_dir,
     )
 
 
-def make_callbacks(args: Namespace, run_dir: Path) -> list["pl.Callback"]:
+def make_callbacks(options: Options, run_dir: Path) -> list["pl.Callback"]:
     """Makes what a run does beside training.
 
     Args:
-        args: Options.
+        options: Resolved.
         run_dir: Folder of the run.
 
     Returns:
@@ -262,13 +266,13 @@ def make_callbacks(args: Namespace, run_dir: Path) -> list["pl.Callback"]:
     from espnet.utils.interruption import Interruption
     from espnet.utils.probe import ProbeBatch
 
-    failed = FailedBatch(None if args.fast_dev_run else run_dir)
+    failed = FailedBatch(None if options.run.fast_dev_run else run_dir)
     callbacks = [failed]
-    if args.probe_batch:
+    if options.training.probe_batch:
         callbacks.append(ProbeBatch(failed))
     if not sys.stderr.isatty():
         callbacks.append(ProgressLines())
-    if args.fast_dev_run:
+    if options.run.fast_dev_run:
         return callbacks
     # At an epoch's end after all others, and last.ckpt as the last of them: a run that is killed in
     # between makes the epoch again, and all that belongs to it.
@@ -279,11 +283,11 @@ def make_callbacks(args: Namespace, run_dir: Path) -> list["pl.Callback"]:
         monitor="monitoring_step",
         mode="max",
         filename="{epoch}",
-        save_top_k=args.average_epochs,
+        save_top_k=options.training.average_epochs,
         save_last=True,
         **always,
     )
-    interruption = Interruption(run_dir / "last.ckpt", args.save_minutes)
+    interruption = Interruption(run_dir / "last.ckpt", options.run.save_minutes)
     return [*callbacks, MetricsTable(run_dir / "metrics.csv"), interruption, best, epochs]
 
 
@@ -317,7 +321,7 @@ def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> lis
 
 
 def score(
-    args: Namespace,
+    options: Options,
     trainer: "pl.Trainer",
     module: "pl.LightningModule",
     data: "DataModule",
@@ -326,7 +330,7 @@ def score(
     """Scores the model on the test list and prints the word error rates.
 
     Args:
-        args: Options.
+        options: Resolved.
         trainer: After training.
         module: With the averaged weights.
         data: Data of the run.
@@ -339,15 +343,17 @@ def score(
     from espnet.utils.evaluation import all_conditions, conditions_of, evaluate, format_summaries
     from espnet.utils.report import plot_wer, wer_table
 
-    snrs = args.decode_snr_target
-    conditions = conditions_of(args.modality, snrs)
-    readers = {args.modality: data}
-    if args.demo and any(args.modality_dropout):
+    trained_for, snrs = options.model.encoders.modality, options.scoring.decode_snr_target
+    conditions = conditions_of(trained_for, snrs)
+    readers = {trained_for: data}
+    if options.run.demo and any(options.model.modality_dropout):
         conditions = all_conditions(snrs)
         for modality in ("audio", "video"):
-            readers[modality] = build_data(args, modality, data.text_transform)
+            readers[modality] = build_data(options, modality, data.text_transform)
             readers[modality].setup("test")
-    summaries = evaluate(trainer, module, readers, conditions, output_dir, args.normalize)
+    summaries = evaluate(
+        trainer, module, readers, conditions, output_dir, options.scoring.normalize
+    )
     plot = output_dir / "wer_over_snr.png"
     if trainer.is_global_zero:
         plot_wer(summaries, snrs, plot)
@@ -359,23 +365,23 @@ def score(
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     watch = Stopwatch()
-    args, parser = parse_args(argv)
-    watch.lap("corpus" if args.demo else "options")
+    options, parser = parse_args(argv)
+    watch.lap("corpus" if options.run.demo else "options")
     try:
-        run(args, watch)
+        run(options, watch)
     except (ValueError, OSError) as error:
-        if args.debug:
+        if options.hardware.debug:
             raise
         parser.error(one_line(error))
     except (RuntimeError, MemoryError) as error:  # What fails in steps has been dealt with by now.
         from espnet.utils.failed_batch import is_out_of_memory
 
-        if args.debug or not is_out_of_memory(error):
+        if options.hardware.debug or not is_out_of_memory(error):
             raise
         parser.error(
             "out of memory outside of training: choose a smaller model, put pretrained parts into "
             "4 bits with --use-qlora, or lower --decode-max-frames (now "
-            f"{args.decode_max_frames}) if it was the scoring"
+            f"{options.data.decode_max_frames}) if it was the scoring"
         )
 
 

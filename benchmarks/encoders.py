@@ -68,7 +68,7 @@ def load_encoder(name: str, folder: str, device: torch.device, **options: Any) -
 
 def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     """Times Whisper on short utterances, with the silence that its decoder wants, against 30 s."""
-    margin = DECODERS["whisper"].whisper_margin
+    margin = DECODERS["whisper"].margin
     encoder = load_encoder("whisper", folder, device, margin=margin)
     padded = load_encoder("whisper", folder, device, margin=float(WHISPER_SECONDS))
     x = 0.1 * noise(work.utterances, SHORT_SECONDS * SAMPLE_RATE, 1, device=device)

@@ -361,7 +361,7 @@ def measure_training(
     batch = batch_of(options, frames, device)
     before = memory.in_use(device)
     try:
-        model = E2E(**options).to(device)
+        model = E2E.from_keywords(**options).to(device)
         loading = memory.peak(device)
         memory.forget_peak(device)
         train(model, batch, device)

@@ -83,7 +83,8 @@ WORK = {"cpu": Work(elayers=4, repeats=3), "cuda": Work(elayers=12, repeats=10)}
 def build_model(work: Work, device: torch.device) -> E2E:
     """Builds the recogniser with random weights, in training mode."""
     torch.manual_seed(0)
-    return E2E(work.odim, "audiovisual", elayers=work.elayers, **work.sizes).to(device)
+    model = E2E.from_keywords(work.odim, "audiovisual", elayers=work.elayers, **work.sizes)
+    return model.to(device)
 
 
 def utterances_of(work: Work) -> list[Utterance]:

@@ -27,9 +27,10 @@ from datamodule.media import read_audio
 from datamodule.noise import FileNoise, add_noise
 from datamodule.pretrained_text_transform import PretrainedTextTransform, whisper_text_transform
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.search import build_beam_search
+from espnet.nets.search_options import SearchOptions
 from espnet.utils.recipes import CLEAN_SNR
 from espnet.utils.text_normalization import normalizer
-from lightning import build_beam_search
 
 MARGINS = (0.0, 1.0, 2.0, 3.0, 5.0, 30.0)
 BEAMS = (1, 5)
@@ -91,7 +92,7 @@ def searcher_of(
         normalize: Whether hypotheses are compared by their score per token.
         stop_repeats: Whether those that repeat themselves are stopped.
     """
-    model = E2E(
+    model = E2E.from_keywords(
         vocabulary.odim,
         "audio",
         sos=vocabulary.sos,
@@ -105,15 +106,10 @@ def searcher_of(
     ).eval()
 
     def transcribe(samples: Tensor, beam_size: int) -> str:
-        search = build_beam_search(
-            *(model, vocabulary.token_list),
-            beam_size=beam_size,
-            ctc_weight=0.0,
-            length_bonus=0.0,
-            end_when_beaten=True,
-            length_normalization=normalize,
-            stop_repeats=stop_repeats,
+        options = SearchOptions(
+            beam_size=beam_size, length_normalization=normalize, stop_repeats=stop_repeats
         )
+        search = build_beam_search(model, options, vocabulary.token_list)
         (nbest,) = search(*model.encode(samples[None, :, None], torch.tensor([len(samples)])))
         return vocabulary.post_process(nbest[0].yseq)
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from datamodule.text_transform import BLANK, WORD_BOUNDARY
-from espnet.nets.encoders import folder_problem
+from espnet.nets.decoders import CAUSAL_LM_TYPES, DECODERS
+from espnet.nets.encoders import folder_problem, type_problem
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 FLAG = "--decoder-name"
 TEXT_CASES = ("keep", "lower")
@@ -127,7 +128,10 @@ class PretrainedTextTransform:
 def llama_text_transform(
     name: str, *, prompt: str | None, text_case: str
 ) -> PretrainedTextTransform:
-    """Load the vocabulary of a LLaMA checkpoint.
+    """Load the vocabulary of a causal language model that `--decoder llama` takes.
+
+    A tokenizer without BOS, as Qwen's, gets a stand-in for it: the token that the checkpoint's
+    config names to begin, which in Qwen's training separated documents, else EOS.
 
     Args:
         name: Hub id, or a folder with config.json and tokenizer files.
@@ -138,21 +142,23 @@ def llama_text_transform(
 
     Raises:
         ValueError: The tokenizer cannot be loaded, or is of another architecture.
-        ValueError: It has no token that begins, or none that ends a text.
+        ValueError: It has no token that ends a text.
         ValueError: The case is unknown, or the tokenizer has more tokens than the output layer.
     """
-    tokenizer, num_rows = _load(name, "llama")
-    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for token, key in ((begin, "bos_token"), (end, "eos_token")):
-        if token is None:
-            raise ValueError(
-                f"{FLAG} {name} has a tokenizer without {key}: give a LLaMA checkpoint whose "
-                "tokenizer_config.json names it"
-            )
+    tokenizer, config = _load(name, CAUSAL_LM_TYPES)
+    if (end := tokenizer.eos_token_id) is None:
+        raise ValueError(
+            f"{FLAG} {name} has a tokenizer without eos_token, one that ends a text is expected: "
+            "give a checkpoint whose tokenizer_config.json names it"
+        )
+    begin = tokenizer.bos_token_id
+    if begin is None:
+        named = config.bos_token_id
+        begin = named if named in _control_ids(tokenizer) else end
     ids = tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
     return PretrainedTextTransform(
         tokenizer=tokenizer,
-        num_rows=num_rows,
+        num_rows=config.vocab_size,
         prompt=tuple(ids if ids[:1] == [begin] else [begin, *ids]),
         eos=end,
         space_before_text=bool(prompt) and not prompt[-1].isspace(),
@@ -181,10 +187,10 @@ def whisper_text_transform(
     """
     if task not in TASKS:
         raise ValueError(f"got task {task!r}, expected {' or '.join(TASKS)}")
-    tokenizer, num_rows = _load(name, "whisper")
+    tokenizer, config = _load(name, DECODERS["whisper"].model_types)
     ids = tokenizer.get_vocab()
     languages = sorted(match[1] for match in map(LANGUAGE.fullmatch, ids) if match)
-    if languages and _is_multilingual(name, num_rows):
+    if languages and _is_multilingual(name, config.vocab_size):
         code = language or "en"
         if code not in languages:
             raise ValueError(
@@ -205,7 +211,7 @@ def whisper_text_transform(
         )
     return PretrainedTextTransform(
         tokenizer=tokenizer,
-        num_rows=num_rows,
+        num_rows=config.vocab_size,
         prompt=tuple(ids[token] for token in prompt),
         eos=ids[WHISPER_END],
         space_before_text=True,
@@ -213,27 +219,27 @@ def whisper_text_transform(
     )
 
 
-def _load(name: str, architecture: str) -> tuple[PreTrainedTokenizerBase, int]:
-    """Load the tokenizer of a checkpoint, and read how many rows its output layer has."""
-    if problem := folder_problem(FLAG, name, (architecture,)) or _files_problem(name):
+def _load(
+    name: str, model_types: tuple[str, ...]
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Load the tokenizer and the config of a checkpoint."""
+    if problem := folder_problem(FLAG, name, model_types) or _files_problem(name):
         raise ValueError(problem)
     # Imported here, so that models without a pretrained decoder do without transformers.
     from transformers import AutoConfig, AutoTokenizer
 
     from espnet.nets.pytorch_backend.pretrained import loading_problem
 
-    remedy = f"give {FLAG} a folder with tokenizer files or the hub id of a {architecture} model"
+    remedy = f"give {FLAG} a folder with tokenizer files or the hub id of a {model_types[0]} model"
     try:
         config = AutoConfig.from_pretrained(name)
         found = config.model_type
-        tokenizer = AutoTokenizer.from_pretrained(name) if found == architecture else None
+        tokenizer = AutoTokenizer.from_pretrained(name) if found in model_types else None
     except Exception as error:  # The tokenizers library raises plain exceptions.
         raise ValueError(f"{FLAG} {name} {loading_problem(error)}: {remedy}") from None
     if tokenizer is None:
-        raise ValueError(
-            f"{FLAG} {name} is a checkpoint of {found}, one of {architecture} is expected: {remedy}"
-        )
-    return tokenizer, config.vocab_size
+        raise ValueError(f"{FLAG} {name} {type_problem(found, model_types)}: {remedy}")
+    return tokenizer, config
 
 
 def _files_problem(name: str) -> str | None:

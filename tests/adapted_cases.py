@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
-from lightning import build_beam_search
+from espnet.nets.search import build_beam_search
+from espnet.nets.search_options import SearchOptions
 
 SIZES = {  # multiples of 64, so that the project's own layers can be quantised
     "adim": 64,
@@ -84,7 +85,7 @@ def make(folder, case, **options):
         if word in options:
             options.setdefault(f"{word}_name", str(folder / options[word]))
     torch.manual_seed(0)
-    return E2E(odim, **options)
+    return E2E.from_keywords(odim, **options)
 
 
 def batch(model, seed=1):
@@ -105,14 +106,8 @@ def outputs(model):
     model.eval()
     x, lengths, targets = batch(model)
     memory, frames = model.encode(x, lengths)
-    search = build_beam_search(
-        model,
-        [str(i) for i in range(model.odim)],
-        beam_size=3,
-        ctc_weight=0.3,
-        length_bonus=0.0,
-        max_tokens=4,
-    )
+    options = SearchOptions(beam_size=3, ctc_decode_weight=0.3, max_dec_tokens=4)
+    search = build_beam_search(model, options, [str(i) for i in range(model.odim)])
     found = [hypothesis for hypotheses in search(memory, frames) for hypothesis in hypotheses]
     return [
         *(memory, *model.losses(memory, frames, targets)),

@@ -36,7 +36,7 @@ def fill(shapes):
 def build(case):
     """The case's model with its weights, in evaluation mode."""
     sizes = {name: size for name, size in case["dims"].items() if name != "kernel"}
-    model = E2E(
+    model = E2E.from_keywords(
         case["odim"],
         case["modality"],
         case["ctc_weight"],

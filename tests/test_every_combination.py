@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import train
-from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_weights, read_state_dict
-from lightning import model_inputs
+from lightning import ModelModule, model_inputs
 
 ENCODERS = {
     "resnet_resnet1d": ("resnet", "resnet1d"),
@@ -33,7 +33,7 @@ def parts(corpus, tiny_checkpoints):
         for flag in ("--vision-encoder", "--audio-encoder", "--decoder"):
             if flag in words and (name := words[words.index(flag) + 1]) in PRETRAINED:
                 words += [f"{flag}-name", str(tiny_checkpoints / name)]
-        args, _ = train.parse_args(
+        options, _ = train.parse_args(
             [
                 *["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"],
                 *["--val-file", "val.csv", "--num-workers", "0", "--crop-size", "48"],
@@ -43,21 +43,26 @@ def parts(corpus, tiny_checkpoints):
                 *["--beam-size", "3", *words],
             ]
         )
-        transform = build_text_transform(args)
-        data = build_data(args, args.modality, transform)
+        transform = build_text_transform(options.model.decoder, options.data)
+        data = build_data(options, options.model.encoders.modality, transform)
         data.setup("validate")
         (batch,) = data.val_dataloader()
-        return args, transform, batch
+        return options, transform, batch
 
     return of
+
+
+def module_of(options, transform):
+    model = build_model(options.model, transform)
+    return ModelModule(model, transform, options.training, options.search)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoders", ENCODERS)
 def test_learns_by_heart_and_scores_the_same_after_saving(parts, encoders, decoder, tmp_path):
-    args, transform, batch = parts(*ENCODERS[encoders], DECODERS[decoder])
+    options, transform, batch = parts(*ENCODERS[encoders], DECODERS[decoder])
     torch.manual_seed(0)
-    module = build_module(args, build_model(args, args.modality, transform), transform)
+    module = module_of(options, transform)
     model = module.model
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
@@ -87,7 +92,7 @@ def test_learns_by_heart_and_scores_the_same_after_saving(parts, encoders, decod
     before = module.decode(batch)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     torch.manual_seed(1)
-    fresh = build_module(args, build_model(args, args.modality, transform), transform).eval()
+    fresh = module_of(options, transform).eval()
     path = tmp_path / "model.pth"
     load_weights(fresh.model, read_state_dict(path), path)
     for one, two in zip(before, fresh.decode(batch), strict=True):

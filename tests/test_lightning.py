@@ -5,6 +5,8 @@ import torch
 from datamodule.data_module import DataModule
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.search_options import SearchOptions
+from espnet.utils.options import TrainingOptions
 from lightning import ModelModule, warmup_cosine
 
 
@@ -36,7 +38,7 @@ def data(corpus, text_transform):
 @pytest.fixture
 def module(text_transform):
     torch.manual_seed(0)
-    model = E2E(
+    model = E2E.from_keywords(
         text_transform.odim,
         "audio",
         adim=16,
@@ -48,7 +50,12 @@ def module(text_transform):
         cnn_module_kernel=7,
         audio_width=2,
     )
-    return ModelModule(model, text_transform, warmup_epochs=0, beam_size=3)
+    return ModelModule(
+        model,
+        text_transform,
+        TrainingOptions(warmup_epochs=0),
+        SearchOptions(beam_size=3),
+    )
 
 
 def fit(module, data, **options):
@@ -226,7 +233,7 @@ def test_overfits_four_utterances_to_the_exact_text(corpus, text_transform):
     )
     data.setup("fit")
     data.setup("test")
-    model = E2E(
+    model = E2E.from_keywords(
         text_transform.odim,
         "audio",
         0.3,
@@ -240,7 +247,12 @@ def test_overfits_four_utterances_to_the_exact_text(corpus, text_transform):
         audio_width=4,
         dropout_rate=0.0,
     )
-    module = ModelModule(model, text_transform, lr=3e-3, warmup_epochs=10, beam_size=4)
+    module = ModelModule(
+        model,
+        text_transform,
+        TrainingOptions(lr=3e-3, warmup_epochs=10),
+        SearchOptions(beam_size=4),
+    )
     data.train_dataset.audio_transform = data.test_datasets[999999].audio_transform
     fit(module, data, max_epochs=120, limit_val_batches=0)
     module.eval()

@@ -157,9 +157,10 @@ def test_export_command(in_folder, tiny_checkpoints, corpus, monkeypatch):
 )
 @pytest.mark.usefixtures("in_folder")
 def test_commands_with_published_checkpoints_parse(start):
-    args, _ = train.parse_args(command(start)[2:])
-    assert args.modality == "audiovisual"
-    assert {args.vision_encoder, args.audio_encoder} == {"clip", "whisper"}
+    options, _ = train.parse_args(command(start)[2:])
+    encoders = options.model.encoders
+    assert encoders.modality == "audiovisual"
+    assert {encoders.vision_encoder, encoders.audio_encoder} == {"clip", "whisper"}
 
 
 def test_commands_of_published_whispers(in_folder, tiny_checkpoints, monkeypatch):
@@ -169,7 +170,7 @@ def test_commands_of_published_whispers(in_folder, tiny_checkpoints, monkeypatch
     words[words.index("--decoder-name") + 1] = tiny
     evaluation.main([*words, "--max-dec-tokens", "3", "--beam-size", "2", "--num-workers", "0"])
     assert (in_folder / "whisper_test_audio/summary.json").is_file()
-    monkeypatch.setattr(train, "make_corpus", lambda args, parser: None)  # noqa: ARG005
+    monkeypatch.setattr(train, "make_corpus", lambda *_: None)
     (in_folder / "demo_corpus").symlink_to(in_folder / "DATA")
     words = command("python train.py --demo --recipe")[2:]
     words[words.index("--decoder-name") + 1] = tiny

@@ -367,7 +367,7 @@ def test_accumulated_batches_give_what_one_batch_gives(train_arguments):
     states = []
     for name, frames, batches in (("whole", "2000", "1"), ("parts", "250", "8")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("espnet.utils.building.ModelModule", Frozen)
+            patch.setattr("lightning.ModelModule", Frozen)
             more = ["--max-frames", frames, "--accumulate-grad-batches", batches, *fixed]
             train.main(train_arguments(name, "audio", *more))
         state = state_of(train_arguments.exp_dir / name / "last.ckpt")

@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers import AutoConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 import eval as evaluation
 import train
 from datamodule.media import read_audio
 from datamodule.pretrained_text_transform import whisper_text_transform
+from espnet.nets.model_options import ModelOptions
+from espnet.option_tree import from_flat, to_flat
+from espnet.utils import export
 from espnet.utils.checkpoint import read_state_dict
 from espnet.utils.options import train_parser
 from espnet.utils.recipes import DEMO_OPTIONS, RECIPES, demo_options
+from tests.causal_lm_cases import make_checkpoint
 from tests.test_train_and_eval import error_of
 
 ROOT = Path(__file__).parents[1]
@@ -139,14 +143,15 @@ def test_whisper_hears_audio_that_is_not_normalised(tiny_checkpoints, corpus):
 
     data = {}
     for encoder in ("whisper", "wavlm"):
-        args, _ = train.parse_args(
+        options, _ = train.parse_args(
             [
                 *["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"],
                 *["--val-file", "val.csv", "--num-workers", "0", "--audio-encoder", encoder],
                 *["--audio-encoder-name", str(tiny_checkpoints / encoder)],
             ]
         )
-        module = build_data(args, "audio", build_text_transform(args))
+        transform = build_text_transform(options.model.decoder, options.data)
+        module = build_data(options, "audio", transform)
         module.setup("validate")
         data[encoder] = module.val_dataset[0]["audio"]
     assert data["whisper"].abs().max() <= 1
@@ -197,8 +202,8 @@ def test_heads_matter_only_where_something_attends_with_them(corpus, tiny_checkp
     words = ["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"]
     words += ["--val-file", "val.csv", "--audio-encoder", "whisper", "--adim", "512"]
     words += ["--audio-encoder-name", str(tiny_checkpoints / "whisper")]
-    args, _ = train.parse_args([*words, "--decoder", "whisper"])
-    assert (args.adim, args.aheads, args.elayers) == (512, 12, 0)
+    model = train.parse_args([*words, "--decoder", "whisper"])[0].model
+    assert (model.adim, model.aheads, model.elayers) == (512, 12, 0)
     for more in (["--decoder", "whisper", "--elayers", "1"], ["--elayers", "0"], []):
         error = error_of(capsys, train, [*words, *more])
         assert "--adim 512 must be even and a multiple of --aheads 12" in error
@@ -225,38 +230,38 @@ def test_mistakes_are_one_line(arguments, tiny_checkpoints, capsys, options, mes
 def test_the_demo_takes_other_encoders(tiny_checkpoints, corpus):
     words = ["--demo", "--root-dir", str(corpus), "--vision-encoder", "vit"]
     words += ["--vision-encoder-name", str(tiny_checkpoints / "vit")]
-    args = train_parser().parse_args(words)
-    options = demo_options(args)
-    assert {"modality", "audio_encoder", "modality_dropout"}.isdisjoint(options)
-    args = train_parser().parse_args([*words, "--audio-encoder", "wavlm"])
-    assert "modality_dropout" in demo_options(args)
-    assert demo_options(train_parser().parse_args(["--demo"])) == DEMO_OPTIONS
+
+    def demo_of(*words):
+        return demo_options(from_flat(ModelOptions, vars(train_parser().parse_args(words))))
+
+    assert {"modality", "audio_encoder", "modality_dropout"}.isdisjoint(demo_of(*words))
+    assert "modality_dropout" in demo_of(*words, "--audio-encoder", "wavlm")
+    assert demo_of("--demo") == DEMO_OPTIONS
     # What a pretrained decoder learns in so few steps, CTC over its vocabulary does not.
     for decoder in ("whisper", "llama"):
-        options = demo_options(train_parser().parse_args(["--demo", "--decoder", decoder]))
+        options = demo_of("--demo", "--decoder", decoder)
         assert {"ctc_weight", "ctc_decode_weight"}.isdisjoint(options)
     words = ["--demo", "--decoder", "whisper", "--audio-encoder", "whisper"]
-    assert {"adim", "elayers"}.isdisjoint(demo_options(train_parser().parse_args(words)))
+    assert {"adim", "elayers"}.isdisjoint(demo_of(*words))
 
 
 def test_a_recipe_gives_defaults_that_flags_override(corpus, tiny_checkpoints, monkeypatch):
-    monkeypatch.setattr(train, "make_corpus", lambda args, parser: None)  # noqa: ARG005
+    monkeypatch.setattr(train, "make_corpus", lambda *_: None)
     words = ["--recipe", "whisper", "--decoder-name", str(tiny_checkpoints / "whisper")]
     words += ["--root-dir", str(corpus), "--lr", "1e-4"]
     for demo, train_file, clip in ((True, "train_240.csv", 48), (False, "train.csv", 88)):
         more = ["--demo"] if demo else ["--exp-name", "x", "--train-file", train_file]
         more += ["--val-file", "val.csv"]
-        args, _ = train.parse_args([*words, *more])
-        assert (args.modality, args.audio_encoder, args.decoder) == ("audio", "whisper", "whisper")
-        assert args.audio_encoder_name == args.decoder_name
-        assert (args.elayers, args.ctc_weight, args.frame_rate) == (0, 0.0, 50)
-        assert (args.train_file, args.crop_size) == (train_file, clip)
-        assert args.lr == 1e-4
-        assert args.lr_pretrained == RECIPES["whisper"].options["lr_pretrained"]
-        assert tuple(args.qlora_parts) == ("audio",)
-        assert (args.use_lora, args.use_qlora) == (True, False)
-        args, _ = train.parse_args([*words, *more, "--use-qlora"])
-        assert (args.use_lora, args.use_qlora) == (False, True)
+        options = to_flat(train.parse_args([*words, *more])[0])
+        expected = {
+            **RECIPES["whisper"].options,
+            **{"modality": "audio", "decoder": "whisper", "lr": 1e-4, "frame_rate": 50},
+            **{"audio_encoder_name": options["decoder_name"], "elayers": 0, "ctc_weight": 0.0},
+            **{"train_file": train_file, "crop_size": clip, "use_qlora": False},
+        }
+        assert {name: options[name] for name in expected} == expected
+        adaptation = train.parse_args([*words, *more, "--use-qlora"])[0].model.adaptation
+        assert (adaptation.use_lora, adaptation.use_qlora) == (False, True)
 
 
 @pytest.fixture(scope="module")
@@ -373,6 +378,34 @@ def test_a_model_without_ctc_is_trained_and_takes_no_ctc_in_search(with_decoder,
     assert "--ctc-decode-weight 0.3, but a model of --ctc-weight 0 has no CTC layer" in error
 
 
+def test_a_language_model_without_bos_is_trained_scored_and_exported(
+    arguments, corpus, tmp_path, capsys
+):
+    """The model that is exported writes the same."""
+    folder = make_checkpoint(tmp_path / "qwen", "qwen2")
+    words = ["--decoder", "llama", "--decoder-name", folder, "--max-epochs", "1", "--use-lora"]
+    words += ["--test-file", "test.csv", "--max-dec-tokens", "5"]
+    words = arguments("qwen", None, "resnet1d", *words)
+    train.main(words)
+    run = Path(words[1]) / "qwen"
+    export.main([str(run), str(tmp_path / "out")])
+    assert AutoConfig.from_pretrained(tmp_path / "out/decoder").model_type == "qwen2"
+    shutil.rmtree(folder)  # The folder that is exported needs nothing beside it.
+    places = ["--root-dir", str(corpus), "--output-dir", str(tmp_path / "scored")]
+    words = ["--pretrained-model-path", str(tmp_path / "out/model.pth"), *places]
+    evaluation.main([*words, "--test-file", "test.csv", "--num-workers", "0"])
+    capsys.readouterr()
+    first, second = (
+        [
+            json.loads(line)
+            for line in (path / "hypotheses_audio_clean.jsonl").read_text().splitlines()
+        ]
+        for path in (run / "test", tmp_path / "scored")
+    )
+    assert any(line["hypothesis"] for line in first)
+    assert [line["hypothesis"] for line in first] == [line["hypothesis"] for line in second]
+
+
 def test_ids_without_their_vocabulary_are_refused(with_decoder, corpus, tmp_path, capsys):
     root = tmp_path / "elsewhere"
     (root / "labels").mkdir(parents=True)
@@ -393,7 +426,7 @@ def test_ids_without_their_vocabulary_are_refused(with_decoder, corpus, tmp_path
             ["--whisper-language", "xx"],
             r"knows no language 'xx', expected one of de, en",
         ),
-        ("whisper", ["--whisper-gated-video"], r"needs --decoder whisper and a model of video and"),
+        ("whisper", ["--whisper-gated-video"], r"needs a model of video and audio, got one of"),
         (
             "llama",
             ["--ctc-decode-weight", "0.1"],
@@ -425,4 +458,4 @@ def test_mistakes_about_decoders_are_one_line(
 
 def test_a_prompt_without_a_prefix_is_refused(with_decoder, capsys):
     error = error_of(capsys, train, with_decoder("prompt", "llama", "--llama-prompt", "Write."))
-    assert "--llama-prompt needs --decoder llama --llama-conditioning prefix" in error
+    assert "needs --decoder llama --llama-conditioning prefix" in error

@@ -13,10 +13,11 @@ import eval as evaluation
 import train
 from espnet.nets import adaptation
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
-from espnet.utils.building import build_data, build_model, build_module, build_text_transform
+from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_model, trained_content, transfer_weights
 from lightning import model_inputs
 from tests.adapted_cases import adapters, changed, other_values, snapshot
+from tests.test_every_combination import module_of
 from tests.test_train_and_eval import error_of, run_script, state_of
 
 WIDE = ["--adim", "64", "--eunits", "64", "--dunits", "64"]
@@ -315,7 +316,7 @@ BY_HEART = {
 @pytest.mark.parametrize("decoder", BY_HEART)
 def test_four_utterances_are_learnt_by_heart(corpus, surer, tmp_path, decoder):
     pretrained = None if decoder == "transformer" else decoder.split("_")[0]
-    args, _ = train.parse_args(
+    options, _ = train.parse_args(
         [
             *["--exp-name", "x", "--root-dir", str(corpus), "--train-file", "train.csv"],
             *["--val-file", "val.csv", "--num-workers", "0", "--crop-size", "48", "--adim", "64"],
@@ -326,12 +327,12 @@ def test_four_utterances_are_learnt_by_heart(corpus, surer, tmp_path, decoder):
             *flags(surer, "clip", "whisper", pretrained),
         ]
     )
-    transform = build_text_transform(args)
-    data = build_data(args, args.modality, transform)
+    transform = build_text_transform(options.model.decoder, options.data)
+    data = build_data(options, options.model.encoders.modality, transform)
     data.setup("validate")
     (batch,) = data.val_dataloader()
     torch.manual_seed(0)
-    module = build_module(args, build_model(args, args.modality, transform), transform)
+    module = module_of(options, transform)
     model = module.model
     before = snapshot(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -361,7 +362,7 @@ def test_four_utterances_are_learnt_by_heart(corpus, surer, tmp_path, decoder):
     results = module.decode(batch)
     torch.save(trained_content(model), tmp_path / "model.pth")
     torch.manual_seed(1)
-    fresh = build_module(args, build_model(args, args.modality, transform), transform).eval()
+    fresh = module_of(options, transform).eval()
     load_model(fresh.model, tmp_path / "model.pth")
     for one, two in zip(results, fresh.decode(batch), strict=True):
         assert one.hypothesis == two.hypothesis
@@ -385,8 +386,8 @@ def test_two_processes_train_adapters(arguments, own_run):
     done = run_script("train.py", [*words, "--pretrained-model-path", str(path)])
     assert done.returncode == 0, done.stderr
     state = state_of(arguments.exp_dir / "own_pair/last.ckpt")["state_dict"]
-    args, _ = train.parse_args([*words, "--pretrained-model-path", str(path)])
-    model = build_model(args, "audio", build_text_transform(args))
+    options, _ = train.parse_args([*words, "--pretrained-model-path", str(path)])
+    model = build_model(options.model, build_text_transform(options.model.decoder, options.data))
     transfer_weights(model, path)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     before = {n: v for n, v in model.state_dict().items() if n.startswith("encoder.")}

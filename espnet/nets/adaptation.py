@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import ClassVar
 
-from espnet.nets.decoders import DECODERS, DecoderOptions
+from espnet.nets.decoders import DecoderOptions
 from espnet.nets.encoders import TABLES, EncoderOptions
+from espnet.option_tree import COUNT, POSITIVE, SHARE, option, value_problems
 
 PARTS = ("vision", "audio", "encoder", "decoder")
 REQUIREMENTS = {"bitsandbytes": "bitsandbytes>=0.46", "peft": "peft>=0.17"}
@@ -13,27 +15,34 @@ INSTALLED = {package for package in REQUIREMENTS if find_spec(package)}
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptationOptions:
-    """What is adapted instead of trained as a whole; each field is a flag of that name.
+    """What is adapted instead of trained as a whole; each field is a flag of that name."""
 
-    Attributes:
-        use_qlora: Whether the parts' linear layers are in 4 bits, with trained adapters beside
-            them.
-        use_lora: Whether they get adapters, but keep their precision.
-        qlora_parts: Names of `PARTS` that are adapted; None: every pretrained part.
-        lora_rank: Rank of the adapters' updates.
-        lora_alpha: The updates are scaled by alpha / rank.
-        lora_dropout: Dropout on what the adapters take.
-        lora_targets: Names of the linear layers that get adapters, as `qlora_utils.add_lora` takes
-            them; each must be in one of the parts. None: all of attention and feed-forward blocks.
-    """
+    title: ClassVar[str] = "adaptation"
 
-    use_qlora: bool = False
-    use_lora: bool = False
-    qlora_parts: tuple[str, ...] | None = None
-    lora_rank: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.05
-    lora_targets: tuple[str, ...] | None = None
+    use_qlora: bool = option(
+        False,
+        "put the linear layers of --qlora-parts into 4 bits, and train low-rank adapters beside "
+        "them instead of the weights",
+    )
+    use_lora: bool = option(False, "the same adapters without the 4 bits")
+    qlora_parts: tuple[str, ...] | None = option(
+        None,
+        f"parts that are adapted, for --use-lora too: {' '.join(PARTS)}; encoder is the Conformer "
+        "(default: every pretrained part)",
+        choices=PARTS,
+        nargs="+",
+        metavar="PART",
+    )
+    lora_rank: int = option(16, "rank of the updates", kind=COUNT)
+    lora_alpha: float = option(32.0, "updates are scaled by alpha / rank", kind=POSITIVE)
+    lora_dropout: float = option(0.05, "dropout on what the adapters take", kind=SHARE)
+    lora_targets: tuple[str, ...] | None = option(
+        None,
+        "linear layers that get adapters, by their name's last parts, with * for anything: q_proj, "
+        "layers.0.* (default: all of attention and feed-forward blocks)",
+        nargs="+",
+        metavar="NAME",
+    )
 
     @property
     def enabled(self) -> bool:
@@ -66,6 +75,8 @@ def adaptation_problems(
     Returns:
         A sentence a problem; empty if there is none.
     """
+    if problems := value_problems(options):
+        return problems
     if not options.enabled:
         given = {"--qlora-parts": options.qlora_parts, "--lora-targets": options.lora_targets}
         return [
@@ -90,9 +101,7 @@ def adaptation_problems(
             "start from --pretrained-model-path (--qlora-parts encoder decoder)"
         )
     for part in parts:
-        if part not in PARTS:
-            problems.append(f"--qlora-parts {part} is unknown: choose among {', '.join(PARTS)}")
-        elif part in TABLES and part not in pretrained:
+        if part in TABLES and part not in pretrained:
             encoder = getattr(encoders, f"{part}_encoder") or "none"
             problems.append(
                 f"--qlora-parts {part} needs a pretrained --{part}-encoder, got {encoder}"
@@ -134,9 +143,5 @@ def install_command(package: str) -> str:
 
 
 def _pretrained_parts(encoders: EncoderOptions, decoder: DecoderOptions) -> list[str]:
-    parts = [
-        word
-        for word, table in TABLES.items()
-        if (name := getattr(encoders, f"{word}_encoder")) and table[name].pretrained
-    ]
-    return parts + ["decoder"] * DECODERS[decoder.decoder].pretrained
+    parts = [word for word in TABLES if (row := encoders.choice(word)) and row.pretrained]
+    return parts + ["decoder"] * decoder.choice.pretrained

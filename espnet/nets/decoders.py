@@ -1,15 +1,17 @@
 """Which decoders there are, what each needs, and what they go with; nothing here imports torch."""
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from espnet.nets.encoders import (
-    AUDIO_ENCODERS,
-    STREAMS,
-    EncoderOptions,
-    folder_problem,
-    pretrained_of,
+from espnet.nets.encoders import STREAMS, EncoderOptions, folder_problem
+from espnet.option_tree import COUNT, needs_problems, option, value_problems
+
+# Causal language models of transformers that are built like LLaMA: tests compare each with its own
+# forward pass and `generate`.
+CAUSAL_LM_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    *("gemma", "gemma2", "gemma3_text"),
 )
-
 LLAMA_CONDITIONINGS = ("cross-attention", "prefix")
 DTYPES = ("auto", "float32", "bfloat16")
 WHISPER_TASKS = ("transcribe", "translate")
@@ -24,16 +26,20 @@ class DecoderChoice:
         checkpoint: Hub id of the checkpoint that is used unless another is named; None for a
             decoder that starts from random weights, over a SentencePiece vocabulary.
         model_types: Architectures, as config.json names them, whose checkpoints it loads.
-        whisper_margin: Seconds of silence after an utterance that it wants of Whisper's encoder,
-            unless told otherwise.
         beam_size: Hypotheses of the search, unless told otherwise.
+        audio_encoder: The encoder that its checkpoints were trained with. Behind it, one
+            checkpoint is both, no Conformer is between them, and the next two are the defaults.
+        frame_rate: Frames a second that it expects.
+        margin: Seconds of silence that it wants after an utterance.
     """
 
     ctc_weight: float
     checkpoint: str | None = None
     model_types: tuple[str, ...] = ()
-    whisper_margin: float = 0.0
     beam_size: int = 5
+    audio_encoder: str | None = None
+    frame_rate: int = 25
+    margin: float = 0.0
 
     @property
     def pretrained(self) -> bool:
@@ -43,8 +49,15 @@ class DecoderChoice:
 
 DECODERS = {
     "transformer": DecoderChoice(0.1, beam_size=40),
-    "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", ("llama",)),
-    "whisper": DecoderChoice(0.0, "openai/whisper-small", ("whisper",), whisper_margin=2.0),
+    "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", CAUSAL_LM_TYPES),
+    "whisper": DecoderChoice(
+        0.0,
+        "openai/whisper-small",
+        ("whisper",),
+        audio_encoder="whisper",
+        frame_rate=50,
+        margin=2.0,
+    ),
 }
 
 
@@ -68,91 +81,135 @@ class Vocabulary:
     special_tokens: tuple[int, ...] = ()
 
 
+PRETRAINED = tuple(name for name, choice in DECODERS.items() if choice.pretrained)
+OF_PRETRAINED = {"decoder": PRETRAINED}
+OF_LLAMA = {"decoder": ("llama",)}
+OF_PREFIX = {**OF_LLAMA, "llama_conditioning": ("prefix",)}
+OF_WHISPER = {"decoder": ("whisper",)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
-    """What writes the transcript; each field is a flag of that name.
+    """What writes the transcript; each field is a flag of that name."""
 
-    Attributes:
-        decoder: A name of `DECODERS`.
-        decoder_name: Hub id or folder of the checkpoint, None for the usual one.
-        freeze_decoder: Whether the checkpoint's weights are not trained; None: so if it has one.
-        decoder_dtype: Precision of a frozen checkpoint's weights, one of `DTYPES`; `auto`:
-            bfloat16 on a GPU that has it, else float32.
-        llama_conditioning: `cross-attention`: gated blocks between the layers; `prefix`: the
-            memory as embeddings before the text.
-        llama_cross_every: Layers from one gated block to the next.
-        llama_downsample: Frames that are stacked into one embedding of the prefix.
-        whisper_gated_video: Whether Whisper's memory is the audio alone, and video enters each
-            decoder block by a gated cross-attention of its own.
-    """
+    title: ClassVar[str] = "decoder"
 
-    decoder: str = "transformer"
-    decoder_name: str | None = None
-    freeze_decoder: bool | None = None
-    decoder_dtype: str = "auto"
-    llama_conditioning: str = "cross-attention"
-    llama_cross_every: int = 4
-    llama_downsample: int = 3
-    whisper_gated_video: bool = False
+    decoder: str = option(
+        "transformer",
+        "Transformer over a SentencePiece vocabulary, or a pretrained language model (LLaMA, "
+        "Mistral, Qwen, SmolLM3, Gemma: --decoder llama) or Whisper with its "
+        "own",
+        choices=tuple(DECODERS),
+    )
+    decoder_name: str | None = option(
+        None,
+        "checkpoint of it, with its tokenizer: a Hugging Face hub id, or a folder (default: "
+        f"{', '.join(f'{name}: {DECODERS[name].checkpoint}' for name in PRETRAINED)})",
+        metavar="ID|FOLDER",
+    )
+    freeze_decoder: bool | None = option(
+        None,
+        "leave the weights of its checkpoint as they are (default: if it has one)",
+        negatable=True,
+        needs=OF_PRETRAINED,
+    )
+    decoder_dtype: str = option(
+        "auto",
+        "precision of a frozen checkpoint's weights; auto: bfloat16 on a GPU that has it, else "
+        "float32",
+        choices=DTYPES,
+    )
+    llama_conditioning: str = option(
+        "cross-attention",
+        "gated cross-attention blocks between LLaMA's layers, or the encoder's output as a prefix "
+        "of the text",
+        choices=LLAMA_CONDITIONINGS,
+        needs=OF_LLAMA,
+    )
+    llama_cross_every: int = option(
+        4,
+        "a cross-attention block before every N-th layer",
+        kind=COUNT,
+        metavar="N",
+        needs={**OF_LLAMA, "llama_conditioning": ("cross-attention",)},
+    )
+    llama_downsample: int = option(
+        3,
+        "frames that are stacked into one embedding of the prefix",
+        kind=COUNT,
+        metavar="N",
+        needs=OF_PREFIX,
+    )
+    llama_prompt: str = option(
+        "Transcribe speech to text.", "instruction between prefix and text", needs=OF_PREFIX
+    )
+    whisper_language: str | None = option(
+        None, "code of the language, as en (default: en)", needs=OF_WHISPER
+    )
+    whisper_task: str = option("transcribe", choices=WHISPER_TASKS, needs=OF_WHISPER)
+    whisper_gated_video: bool = option(
+        False,
+        "video enters each block of Whisper's decoder by a gated cross-attention of its own, and "
+        "the encoder's output is the audio's alone",
+        needs=OF_WHISPER,
+    )
+    text_case: str | None = option(
+        None,
+        "case of the text that a pretrained decoder learns (default: lower)",
+        choices=("keep", "lower"),
+    )
+
+    @property
+    def choice(self) -> DecoderChoice:
+        """The row of the decoder."""
+        return DECODERS[self.decoder]
 
     def resolved(self) -> "DecoderOptions":
-        """The same, with the checkpoint and freezing that follow from the rest."""
-        choice = DECODERS[self.decoder]
-        freeze = choice.pretrained if self.freeze_decoder is None else self.freeze_decoder
+        """The same, with the checkpoint, freezing and case that follow from the rest."""
+        pretrained = self.choice.pretrained
         return replace(
-            self, freeze_decoder=freeze, decoder_name=self.decoder_name or choice.checkpoint
+            self,
+            freeze_decoder=pretrained if self.freeze_decoder is None else self.freeze_decoder,
+            decoder_name=self.decoder_name or self.choice.checkpoint,
+            text_case=self.text_case or ("lower" if pretrained else "keep"),
         )
 
 
+def are_one(encoders: EncoderOptions, decoder: DecoderOptions) -> bool:
+    """Whether a decoder attends to the encoder that it was trained with, as Whisper's does.
+
+    Args:
+        encoders: Resolved.
+        decoder: Of the same model.
+    """
+    return decoder.choice.audio_encoder == encoders.audio_encoder is not None
+
+
 def resolve_parts(
-    modality: str, encoders: EncoderOptions, decoder: DecoderOptions
+    encoders: EncoderOptions, decoder: DecoderOptions
 ) -> tuple[EncoderOptions, DecoderOptions]:
     """Fills in all that follows from the rest, also what encoders and decoder want of each other.
 
     Args:
-        modality: Of the model.
         encoders: As they were given, free of contradictions, or resolved.
         decoder: Likewise.
 
     Returns:
         Both, resolved.
     """
-    if is_whisper(encoders.resolved(modality), decoder):  # One name stands for both.
-        encoders, decoder = (
-            replace(
-                encoders, audio_encoder_name=encoders.audio_encoder_name or decoder.decoder_name
-            ),
-            replace(decoder, decoder_name=decoder.decoder_name or encoders.audio_encoder_name),
-        )
-    encoders, decoder = encoders.resolved(modality), decoder.resolved()
+    one = are_one(encoders.resolved(), decoder)
+    if one:  # One name stands for both.
+        name = encoders.audio_encoder_name or decoder.decoder_name
+        encoders = replace(encoders, audio_encoder_name=name)
+        decoder = replace(decoder, decoder_name=decoder.decoder_name or name)
+    encoders, decoder = encoders.resolved(), decoder.resolved()
     changes = {}
     if encoders.frame_rate is None:
-        changes["frame_rate"] = 50 if is_whisper(encoders, decoder) else 25
+        changes["frame_rate"] = decoder.choice.frame_rate if one else 25
     if encoders.whisper_margin is None:
-        hears = encoders.audio_encoder == "whisper"
-        changes["whisper_margin"] = DECODERS[decoder.decoder].whisper_margin if hears else 0.0
+        hears = encoders.choice("audio")
+        changes["whisper_margin"] = decoder.choice.margin if hears and hears.has_margin else 0.0
     return replace(encoders, **changes), decoder
-
-
-def is_whisper(encoders: EncoderOptions, decoder: DecoderOptions) -> bool:
-    """Whether a Whisper's decoder attends to a Whisper's encoder: the model starts as Whisper."""
-    return encoders.audio_encoder == "whisper" and decoder.decoder == "whisper"
-
-
-def default_elayers(encoders: EncoderOptions, decoder: DecoderOptions) -> int:
-    """Blocks of the Conformer unless told otherwise: none from one Whisper to the other."""
-    return 0 if is_whisper(encoders, decoder) else 12
-
-
-def default_adim(encoders: EncoderOptions, elayers: int) -> int | None:
-    """Feature size unless told otherwise; None: that of the audio encoder's features.
-
-    Args:
-        encoders: Resolved.
-        elayers: Blocks of the Conformer.
-    """
-    hears_pretrained = encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS)
-    return None if hears_pretrained and not elayers else 768
 
 
 def decoder_problems(modality: str, options: DecoderOptions) -> list[str]:
@@ -165,46 +222,27 @@ def decoder_problems(modality: str, options: DecoderOptions) -> list[str]:
     Returns:
         A sentence a problem; empty if there is none.
     """
-    name, checkpoint = options.decoder, options.decoder_name
-    if name not in DECODERS:
-        return [f"--decoder {name} is unknown: choose one of {', '.join(DECODERS)}"]
-    problems = []
-    if not DECODERS[name].pretrained:
-        pretrained = " or ".join(n for n, choice in DECODERS.items() if choice.pretrained)
-        if checkpoint is not None:
-            problems.append(
-                f"--decoder-name {checkpoint}, but {name} loads no checkpoint: choose --decoder "
-                f"{pretrained}"
-            )
-        if options.freeze_decoder:
-            problems.append(f"--freeze-decoder needs --decoder {pretrained}")
+    if problems := value_problems(options):
+        return problems
+    resolved = options.resolved()
+    checkpoint = options.decoder_name
+    if checkpoint is not None and not options.choice.pretrained:
+        problems.append(
+            f"--decoder-name {checkpoint}, but {options.decoder} loads no checkpoint: choose "
+            f"--decoder {' or '.join(PRETRAINED)}"
+        )
     elif checkpoint is not None:
-        problem = folder_problem("--decoder-name", checkpoint, DECODERS[name].model_types)
+        problem = folder_problem("--decoder-name", checkpoint, options.choice.model_types)
         problems += [problem] if problem else []
-    if options.llama_conditioning not in LLAMA_CONDITIONINGS:
-        problems.append(
-            f"--llama-conditioning {options.llama_conditioning}: choose "
-            f"{' or '.join(LLAMA_CONDITIONINGS)}"
-        )
-    prefix = name == "llama" and options.llama_conditioning == "prefix"
-    usual = DecoderOptions()
-    if options.llama_downsample != usual.llama_downsample and not prefix:
-        problems.append(
-            f"--llama-downsample {options.llama_downsample} needs --decoder llama "
-            "--llama-conditioning prefix"
-        )
-    if options.llama_cross_every != usual.llama_cross_every and (name != "llama" or prefix):
-        problems.append(
-            f"--llama-cross-every {options.llama_cross_every} needs --decoder llama "
-            "--llama-conditioning cross-attention"
-        )
-    if options.decoder_dtype == "bfloat16" and not options.resolved().freeze_decoder:
+    problems += needs_problems(options, resolved)
+    if options.text_case == "lower" and not options.choice.pretrained:
+        problems.append(f"--text-case lower needs --decoder {' or '.join(PRETRAINED)}")
+    if options.decoder_dtype == "bfloat16" and not resolved.freeze_decoder:
         problems.append(
             "--decoder-dtype bfloat16 needs a frozen decoder: its updates would be rounded away"
         )
-    if options.whisper_gated_video and (name != "whisper" or len(STREAMS[modality]) < 2):
+    if options.whisper_gated_video and len(STREAMS[modality]) < 2:
         problems.append(
-            f"--whisper-gated-video needs --decoder whisper and a model of video and audio, got "
-            f"{name} and {modality}"
+            f"--whisper-gated-video needs a model of video and audio, got one of {modality} alone"
         )
     return problems

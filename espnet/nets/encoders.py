@@ -4,8 +4,19 @@ The flags and the model are checked against this one table; nothing here imports
 """
 
 import json
+from argparse import ArgumentTypeError
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
+
+from espnet.option_tree import (
+    COUNT,
+    NATURAL,
+    NON_NEGATIVE,
+    needs_problems,
+    option,
+    value_problems,
+)
 
 STREAMS = {
     "audio": ("audio",),
@@ -27,12 +38,14 @@ class EncoderChoice:
         model_types: Architectures, as config.json names them, whose checkpoints it loads.
         normalized_audio: Whether it takes audio layer-normalised over the utterance.
         max_seconds: Longest utterance in seconds; None for no limit.
+        has_margin: Whether it can put silence after an utterance.
     """
 
     checkpoint: str | None = None
     model_types: tuple[str, ...] = ()
     normalized_audio: bool = True
     max_seconds: int | None = None
+    has_margin: bool = False
 
     @property
     def pretrained(self) -> bool:
@@ -53,68 +66,160 @@ AUDIO_ENCODERS = {
         ("whisper",),
         normalized_audio=False,
         max_seconds=WHISPER_SECONDS,
+        has_margin=True,
     ),
     "wavlm": EncoderChoice("microsoft/wavlm-base-plus", ("wavlm",)),
 }
 TABLES = {"vision": VISION_ENCODERS, "audio": AUDIO_ENCODERS}
 
 
+def pretrained_of(table: dict[str, EncoderChoice]) -> list[str]:
+    """Names of the encoders of a table that load a checkpoint."""
+    return [name for name, choice in table.items() if choice.pretrained]
+
+
+def _usual(table: dict[str, EncoderChoice]) -> str:
+    return ", ".join(
+        f"{n}: {choice.checkpoint}" for n, choice in table.items() if choice.pretrained
+    )
+
+
+def seconds(text: str) -> float:
+    """Parses a number of seconds, of at least 0, which may end in `s`: `2`, `0.5s`, `30s`."""
+    try:
+        return NON_NEGATIVE(text.removesuffix("s"))
+    except ValueError:
+        raise ArgumentTypeError(f"{text} is no number of seconds: 2 or 30s, say") from None
+
+
+def hidden_layer(text: str) -> int | str:
+    """Parses a number of a hidden layer from -1 on, or `weighted`."""
+    if text == "weighted":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = -2
+    if value < -1:
+        raise ArgumentTypeError(f"{text} is no hidden layer: -1, a number from 0, or weighted")
+    return value
+
+
+OF_IMAGES = {"vision_encoder": ("vit", "clip")}
+OF_WHISPER = {"audio_encoder": ("whisper",)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """How the streams are encoded; each field is a flag of that name.
+    """How the streams are encoded; each field is a flag of that name."""
 
-    Attributes:
-        vision_encoder: A name of `VISION_ENCODERS`, None for auto_avsr's if there is video.
-        audio_encoder: A name of `AUDIO_ENCODERS`, None for auto_avsr's if there is audio.
-        vision_encoder_name: Hub id or folder of the checkpoint, None for the usual one.
-        audio_encoder_name: Likewise for audio.
-        freeze_vision_encoder: Whether it is not trained; None: so if it is pretrained.
-        freeze_audio_encoder: Likewise for audio.
-        unfreeze_last_layers: Layers at the end of frozen pretrained encoders that are trained.
-        encoder_layer: Hidden layer of pretrained encoders that gives the features; -1: the last
-            with the final norm, `weighted`: a learned mean over all.
-        gradient_checkpointing: Whether pretrained parts through which gradients flow, the decoder
-            too, compute their activations again in the backward pass, to save memory.
-        frame_rate: Frames a second at which the streams are fused, 25 or 50; None: 50 from one
-            Whisper to the other, else 25.
-        video_width: An eighth of the size of `resnet`'s features.
-        audio_width: An eighth of the size of `resnet1d`'s and `fbank`'s features.
-        vision_pooling: `cls` (class token) or `mean` (over the patches) of `vit` and `clip`.
-        vision_image_size: Side in pixels to which they resize frames; None: hardly at all.
-        vision_chunk_frames: Frames that they encode at once.
-        whisper_margin: Seconds of silence that `whisper` puts after an utterance; None: what the
-            decoder needs.
-        whisper_pad_30s: Whether the margin fills 30 s, as Whisper was trained.
-    """
+    title: ClassVar[str] = "encoders"
 
-    vision_encoder: str | None = None
-    audio_encoder: str | None = None
-    vision_encoder_name: str | None = None
-    audio_encoder_name: str | None = None
-    freeze_vision_encoder: bool | None = None
-    freeze_audio_encoder: bool | None = None
-    unfreeze_last_layers: int = 0
-    encoder_layer: int | str = -1
-    gradient_checkpointing: bool = True
-    frame_rate: int | None = None
-    video_width: int = 64
-    audio_width: int = 64
-    vision_pooling: str = "cls"
-    vision_image_size: int | None = None
-    vision_chunk_frames: int = 128
-    whisper_margin: float | None = None
-    whisper_pad_30s: bool = False
+    modality: str | None = option(
+        None,
+        "streams that the model takes (default: those of the encoders)",
+        choices=tuple(STREAMS),
+    )
+    vision_encoder: str | None = option(
+        None,
+        "video front-end: auto_avsr's ResNet, or a pretrained ViT or CLIP on each frame (default: "
+        "resnet if the modality has video)",
+        choices=tuple(VISION_ENCODERS),
+    )
+    audio_encoder: str | None = option(
+        None,
+        "audio front-end: auto_avsr's ResNet on the waveform, a log-mel filter bank with two "
+        "convolutions, or a pretrained Whisper or WavLM (default: resnet1d if the modality has "
+        "audio)",
+        choices=tuple(AUDIO_ENCODERS),
+    )
+    vision_encoder_name: str | None = option(
+        None,
+        "checkpoint of it: a Hugging Face hub id, or a folder as save_pretrained leaves it "
+        f"(default: {_usual(VISION_ENCODERS)})",
+        metavar="ID|FOLDER",
+    )
+    audio_encoder_name: str | None = option(
+        None,
+        f"likewise (default: {_usual(AUDIO_ENCODERS)})",
+        metavar="ID|FOLDER",
+    )
+    freeze_vision_encoder: bool | None = option(
+        None, "leave its weights as they are (default: if it is pretrained)", negatable=True
+    )
+    freeze_audio_encoder: bool | None = option(
+        None, "leave its weights as they are (default: if it is pretrained)", negatable=True
+    )
+    unfreeze_last_layers: int = option(
+        0, "train the last N layers of frozen pretrained encoders", kind=NATURAL, metavar="N"
+    )
+    encoder_layer: int | str = option(
+        -1,
+        "hidden layer of pretrained encoders that feeds the fusion, 0 being the input of the "
+        "first; -1: their output; weighted: a learned mean over all",
+        kind=hidden_layer,
+        metavar="-1|K|weighted",
+    )
+    frame_rate: int | None = option(
+        None,
+        "frames a second at which the streams are fused: at 25, features of Whisper and WavLM are "
+        "stacked in pairs, at 50, video is repeated (default: 25, but 50 from Whisper's encoder to "
+        "Whisper's decoder)",
+        kind=int,
+        choices=FRAME_RATES,
+    )
+    video_width: int = option(64, "channels of the video ResNet", kind=COUNT)
+    audio_width: int = option(64, "channels of the audio ResNet", kind=COUNT)
+    vision_pooling: str = option(
+        "cls",
+        "feature of a frame: ViT's and CLIP's class token, or the mean over their patches",
+        choices=POOLINGS,
+        needs=OF_IMAGES,
+    )
+    vision_image_size: int | None = option(
+        None,
+        "side to which ViT and CLIP resize frames; 224 is most checkpoints' own (default: the "
+        "smallest multiple of the patch size that holds the crop)",
+        kind=COUNT,
+        metavar="PIXELS",
+        needs=OF_IMAGES,
+    )
+    vision_chunk_frames: int = option(
+        128, "frames that ViT and CLIP encode at once; bounds the memory", kind=COUNT
+    )
+    whisper_margin: float | None = option(
+        None,
+        "silence that follows an utterance in Whisper's encoder; 30s: as much as it takes "
+        "(default: 0, but 2 with --decoder whisper: where no silence follows the words, Whisper "
+        "repeats them)",
+        kind=seconds,
+        metavar="SECONDS|30s",
+        needs=OF_WHISPER,
+    )
+    whisper_pad_30s: bool = option(
+        False,
+        "the same as --whisper-margin 30s, as Whisper was trained: slower",
+        needs=OF_WHISPER,
+    )
 
-    def resolved(self, modality: str) -> "EncoderOptions":
-        """The same, with the encoders, checkpoints and freezing that follow from the rest.
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Streams that the model takes, of options whose modality is resolved."""
+        return STREAMS[self.modality]
 
-        Args:
-            modality: Of the model.
-        """
-        _, *encoders = resolve_encoders(modality, self.vision_encoder, self.audio_encoder)
-        changes = dict(zip(("vision_encoder", "audio_encoder"), encoders, strict=True))
-        for word, table in TABLES.items():
-            choice = table.get(changes[f"{word}_encoder"])
+    def choice(self, word: str) -> EncoderChoice | None:
+        """The row of the encoder of `vision` or `audio`; None if there is none."""
+        return TABLES[word].get(getattr(self, f"{word}_encoder"))
+
+    def resolved(self) -> "EncoderOptions":
+        """The same, with the encoders, checkpoints and freezing that follow from the rest."""
+        modality, *encoders = resolve_encoders(
+            self.modality, self.vision_encoder, self.audio_encoder
+        )
+        changes = {"modality": modality}
+        for (word, table), name in zip(TABLES.items(), encoders, strict=True):
+            changes[f"{word}_encoder"] = name
+            choice = table.get(name)
             if choice is not None and getattr(self, f"freeze_{word}_encoder") is None:
                 changes[f"freeze_{word}_encoder"] = choice.pretrained
             if choice is not None and getattr(self, f"{word}_encoder_name") is None:
@@ -148,27 +253,26 @@ def resolve_encoders(
     return modality, vision_encoder, audio_encoder
 
 
-def encoder_problems(modality: str, options: EncoderOptions) -> list[str]:
+def encoder_problems(given: EncoderOptions) -> list[str]:
     """What does not fit together, in terms of flags.
 
     Args:
-        modality: `audio`, `video` or `audiovisual`.
-        options: As they were given, or resolved.
+        given: As they were given, or resolved; they must tell the modality.
 
     Returns:
         A sentence a problem; empty if there is none.
     """
-    problems = []
+    if problems := value_problems(given):
+        return problems
+    options = given.resolved()
     for stream, word in (("video", "vision"), ("audio", "audio")):
-        if stream in STREAMS[modality]:
-            problems += _stream_problems(word, options.resolved(modality))
+        if stream in options.streams:
+            problems += _checkpoint_problems(word, options)
         else:
-            problems += _superfluous(word, options, modality)
+            problems += _superfluous(word, given, options.modality)
     if problems:
         return problems
-    given, options = options, options.resolved(modality)
-    used = {options.vision_encoder, options.audio_encoder}
-    pretrained = [word for word, table in TABLES.items() if used & pretrained_of(table)]
+    pretrained = [word for word in TABLES if (row := options.choice(word)) and row.pretrained]
     if options.encoder_layer != -1 and not pretrained:
         problems.append(
             f"--encoder-layer {options.encoder_layer} needs a pretrained encoder: leave it out"
@@ -180,59 +284,27 @@ def encoder_problems(modality: str, options: EncoderOptions) -> list[str]:
             f"--unfreeze-last-layers {options.unfreeze_last_layers} needs a pretrained encoder "
             "that is frozen: leave it out"
         )
-    if options.vision_image_size and not used & pretrained_of(VISION_ENCODERS):
-        problems.append(
-            f"--vision-image-size {options.vision_image_size} needs --vision-encoder vit or clip"
-        )
-    if options.vision_pooling not in POOLINGS:
-        problems.append(f"--vision-pooling {options.vision_pooling}: choose cls or mean")
-    elif options.vision_pooling != "cls" and not used & pretrained_of(VISION_ENCODERS):
-        problems.append(
-            f"--vision-pooling {options.vision_pooling} needs --vision-encoder vit or clip"
-        )
-    problems += _whisper_problems(given, is_used="whisper" in used)
-    if options.frame_rate not in (None, *FRAME_RATES):
-        problems.append(f"--frame-rate {options.frame_rate}: choose 25 or 50")
-    return problems
-
-
-def _whisper_problems(options: EncoderOptions, *, is_used: bool) -> list[str]:
-    """What is wrong with the silence after an utterance; `options` are not resolved."""
-    margin, pad_30s = options.whisper_margin, options.whisper_pad_30s
-    problems = []
-    if pad_30s and not is_used:
-        problems.append("--whisper-pad-30s needs --audio-encoder whisper")
-    if margin is None:
-        return problems
-    if margin and not is_used:
-        problems.append(f"--whisper-margin {margin:g} needs --audio-encoder whisper")
-    if not 0 <= margin <= WHISPER_SECONDS:
+    problems += needs_problems(given, options)
+    margin = given.whisper_margin
+    if margin is not None and not 0 <= margin <= WHISPER_SECONDS:
         problems.append(f"--whisper-margin {margin:g}: choose 0 to {WHISPER_SECONDS} seconds")
-    if pad_30s and margin != WHISPER_SECONDS:
+    if given.whisper_pad_30s and margin not in (None, WHISPER_SECONDS):
         problems.append(f"--whisper-pad-30s contradicts --whisper-margin {margin:g}: leave one out")
     return problems
 
 
-def pretrained_of(table: dict[str, EncoderChoice]) -> set[str]:
-    """Names of the encoders of a table that load a checkpoint."""
-    return {name for name, choice in table.items() if choice.pretrained}
-
-
-def _stream_problems(word: str, options: EncoderOptions) -> list[str]:
-    """What is wrong with the encoder and the checkpoint of a stream that the model takes."""
-    name = getattr(options, f"{word}_encoder")
+def _checkpoint_problems(word: str, options: EncoderOptions) -> list[str]:
+    """What is wrong with the checkpoint of a stream that the model takes."""
+    choice = options.choice(word)
     checkpoint = getattr(options, f"{word}_encoder_name")
-    table = TABLES[word]
-    if name not in table:
-        return [f"--{word}-encoder {name} is unknown: choose one of {', '.join(table)}"]
     if checkpoint is None:
         return []
-    if not table[name].pretrained:
+    if not choice.pretrained:
         return [
-            f"--{word}-encoder-name {checkpoint}, but {name} loads no checkpoint: choose "
-            f"--{word}-encoder {' or '.join(sorted(pretrained_of(table)))}"
+            f"--{word}-encoder-name {checkpoint}, but {getattr(options, f'{word}_encoder')} loads "
+            f"no checkpoint: choose --{word}-encoder {' or '.join(pretrained_of(TABLES[word]))}"
         ]
-    problem = folder_problem(f"--{word}-encoder-name", checkpoint, table[name].model_types)
+    problem = folder_problem(f"--{word}-encoder-name", checkpoint, choice.model_types)
     return [problem] if problem else []
 
 
@@ -275,6 +347,15 @@ def folder_problem(flag: str, name: str, model_types: tuple[str, ...]) -> str | 
     except (OSError, ValueError, AttributeError):
         return f"{flag} {name} holds no readable config.json: give a folder of save_pretrained"
     if found not in model_types:
-        expected = " or ".join(model_types)
-        return f"{flag} {name} is a checkpoint of {found}, one of {expected} is expected"
+        return (
+            f"{flag} {name} {type_problem(found, model_types)}: give the folder or hub id of such "
+            "a checkpoint"
+        )
     return None
+
+
+def type_problem(found: str, model_types: tuple[str, ...]) -> str:
+    """What is wrong with a checkpoint of another type, as the rest of a sentence that names it."""
+    *others, last = model_types
+    expected = f"{', '.join(others)} or {last}" if others else last
+    return f"is a checkpoint of {found}, one of {expected} is expected"

@@ -5,14 +5,20 @@ python eval.py --pretrained-model-path OUT/model.pth --root-dir DATA --test-file
 """
 
 import shutil
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from espnet.utils.model_options import complete_model
+from espnet.option_tree import changed
 from espnet.utils.option_checks import evaluation_problems
 from espnet.utils.options import OneLineParser, eval_parser, one_line
-from espnet.utils.run_config import find_vocabulary, load_config, parse_eval_args, save_config
+from espnet.utils.run_config import (
+    completed,
+    find_vocabulary,
+    load_config,
+    parse_eval_args,
+    save_config,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,13 +78,11 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists: give a new or an empty folder to write to")
     words = ["--pretrained-model-path", str(checkpoint), "--root-dir", str(checkpoint.parent)]
-    args, modality = parse_eval_args(eval_parser(), words)
-    problems = evaluation_problems(args, modality)
+    options, modality = parse_eval_args(eval_parser(), words)
+    problems = evaluation_problems(options, modality)
     if problems := [text for text in problems if not text.startswith("--test-file")]:
         parser.error("; ".join(problems))
-    args.modality, args.decoder_dtype = modality, "float32"
-    complete_model(args, modality)
-    find_vocabulary(args, parser)
+    options = find_vocabulary(completed(changed(options, decoder_dtype="float32")), parser)
 
     from espnet.nets.pytorch_backend.qlora_utils import merge_lora
     from espnet.utils.building import build_model, build_text_transform
@@ -88,28 +92,29 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
 
     set_up_logging(debug=False)
     # Merged weights are in full precision: a GPU may have held them in 4 bits only.
-    model = build_model(args, modality, build_text_transform(args)).cpu()
+    transform = build_text_transform(options.model.decoder, options.data)
+    model = build_model(options.model, transform).cpu()
     load_model(model, checkpoint)
     merge_lora(model)
     out.mkdir(parents=True, exist_ok=True)
-    options = {**load_config(str(checkpoint)), **FORGOTTEN}
-    options = {name: value for name, value in options.items() if name not in PLACES}
-    versions = options.pop("versions", {})
+    config = {**load_config(str(checkpoint)), **FORGOTTEN}
+    config = {name: value for name, value in config.items() if name not in PLACES}
+    versions = config.pop("versions", {})
     folders = export_bases(model, out)
     own = model.state_dict()
     for part, folder in folders.items():
-        options[f"{FOLDERS[part]}_name"] = folder
+        config[f"{FOLDERS[part]}_name"] = folder
         own = {name: value for name, value in own.items() if not name.startswith(f"{part}.")}
     for name in ("sp_model_path", "dict_path"):
-        if path := getattr(args, name):
-            options[name] = Path(shutil.copy(path, out)).name
-    save_config(Namespace(**options), out / "config.yaml", versions)
+        if path := getattr(options.data, name):
+            config[name] = Path(shutil.copy(path, out)).name
+    save_config(config, out / "config.yaml", versions)
 
     weights = out / "model.pth"
-    args, _ = parse_eval_args(eval_parser(), ["--pretrained-model-path", str(weights), *words[2:]])
-    complete_model(args, modality)
+    words[1] = str(weights)
+    options = completed(parse_eval_args(eval_parser(), words)[0])
     del model  # Large ones need not be in memory twice.
-    exported = build_model(args, modality, build_text_transform(args))
+    exported = build_model(options.model, transform)
     load_weights(exported, own, checkpoint)
     save_whole(trained_content(exported), weights)
     return sorted(out.iterdir())

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import pytorch_lightning as pl
 import torch
 
 from datamodule.label_list import LabelList
-from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import TABLES
+from espnet.nets.model_options import ModelOptions
 from espnet.utils.checkpoint_io import whole_file
+from espnet.utils.options import Options
 
 # Where torch has no class for it: the CPU's allocator, and libraries that allocate by themselves.
 MEMORY_MESSAGES = (
@@ -100,12 +100,12 @@ class FailedBatch(pl.Callback):
         size = in_words(self._record)
         logger.error("A batch of %s failed: its utterances are named in %s", size, path)
 
-    def remedy(self, error: BaseException, args: Namespace) -> str | None:
+    def remedy(self, error: BaseException, options: Options) -> str | None:
         """Says in a line what to do about an error, if it was a lack of memory, here or elsewhere.
 
         Args:
             error: What `Trainer.fit` has raised.
-            args: Options of the run.
+            options: Of the run.
 
         Returns:
             The line; None for other errors.
@@ -114,17 +114,16 @@ class FailedBatch(pl.Callback):
             return "another process of the run has failed: see its own message"
         if not is_out_of_memory(error):
             return None
+        frames = f"lower --max-frames (now {options.data.max_frames})"
+        others = "".join(f", or {way}" for way in _other_ways(options.model))
         if self._record is None:
             return (
-                "out of memory outside of a training step: lower --max-frames (now "
-                f"{args.max_frames}) if it was the validation, else the size of the model"
-                f"{''.join(f', or {way}' for way in _other_ways(args))}"
+                f"out of memory outside of a training step: {frames} if it was the validation, "
+                f"else the size of the model{others}"
             )
         named = f" (named in {self._file})" if self._file else ""
-        return (
-            f"out of memory at a batch of {in_words(self._record)}{named}: lower --max-frames (now "
-            f"{args.max_frames}){''.join(f', or {way}' for way in _other_ways(args))}"
-        )
+        size = in_words(self._record)
+        return f"out of memory at a batch of {size}{named}: {frames}{others}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -164,15 +163,13 @@ def in_words(record: dict[str, Any]) -> str:
     return f"{number} utterance{'s' * (number != 1)} and {record['frames']} frames"
 
 
-def _other_ways(args: Namespace) -> list[str]:
+def _other_ways(options: ModelOptions) -> list[str]:
     """Flags that save memory and are not given, where there is something pretrained."""
-    encoders = {"vision": args.vision_encoder, "audio": args.audio_encoder}
-    pretrained = DECODERS[args.decoder].pretrained or any(
-        name and TABLES[word][name].pretrained for word, name in encoders.items()
-    )
+    rows = [options.decoder.choice, *(options.encoders.choice(word) for word in TABLES)]
+    pretrained = any(row is not None and row.pretrained for row in rows)
     ways = []
-    if pretrained and not args.gradient_checkpointing:
+    if pretrained and not options.gradient_checkpointing:
         ways.append("give --gradient-checkpointing")
-    if pretrained and not args.use_qlora:
+    if pretrained and not options.adaptation.use_qlora:
         ways.append("put pretrained parts into 4 bits with --use-qlora")
     return ways

@@ -1,32 +1,32 @@
-"""Every command-line option, in titled groups that the entry scripts compose.
+"""Every option of the entry scripts: the tree, and its parsers.
 
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
-from argparse import ArgumentParser, BooleanOptionalAction
-from typing import NoReturn
+from argparse import ArgumentParser
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, NoReturn
 
-from espnet.nets.decoders import DECODERS
-from espnet.utils.model_options import (
-    add_adaptation_options,
-    add_decoder_options,
-    add_encoder_options,
-    add_model_options,
-)
-from espnet.utils.option_types import (
-    batches,
-    count,
-    finite,
-    natural,
-    non_negative,
-    positive,
-    probability,
+from datamodule.options import DEFAULT_LIST, DataOptions
+from espnet.nets.model_options import ModelOptions
+from espnet.nets.search_options import SearchOptions
+from espnet.option_tree import (
+    COUNT,
+    FINITE,
+    NATURAL,
+    NON_NEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    add_arguments,
+    branch,
+    option,
 )
 from espnet.utils.recipes import CLEAN_SNR, RECIPES
 from espnet.utils.text_normalization import NORMALIZERS
 
-DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
 OPTIMIZERS = ("adamw", "adamw8bit")
+of_training = partial(option, scripts=("train",))
 
 
 class OneLineParser(ArgumentParser):
@@ -41,277 +41,166 @@ class OneLineParser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def add_run_options(parser: ArgumentParser) -> None:
-    """Adds where a training run is kept and how it is followed."""
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--demo",
-        action="store_true",
-        help="make the demo corpus and train, average and score a small audio-visual model on it",
+def batches(text: str) -> int | float:
+    """Parses a number of batches (`4`, `0`) or a share of them (`0.1`)."""
+    return NATURAL(text) if text.isdigit() else PROBABILITY(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a training run is kept and how it is followed; each field is a flag of that name."""
+
+    title: ClassVar[str] = "run"
+
+    demo: bool = of_training(
+        False,
+        "make the demo corpus and train, average and score a small audio-visual model on it",
     )
-    group.add_argument(
-        "--recipe",
+    recipe: str | None = of_training(
+        None,
+        "options that were measured together, as defaults; with --demo, on the demo corpus",
         choices=tuple(RECIPES),
-        help="options that were measured together, as defaults; with --demo, on the demo corpus",
     )
-    group.add_argument("--exp-dir", default="./exp", help="folder of all runs (%(default)s)")
-    group.add_argument("--exp-name", help="name of the run; its files are in EXP_DIR/EXP_NAME")
-    group.add_argument("--group-name", help="group of the run in Weights & Biases")
-    group.add_argument(
-        "--logger",
+    exp_dir: str = of_training("./exp", "folder of all runs")
+    exp_name: str | None = of_training(None, "name of the run; its files are in EXP_DIR/EXP_NAME")
+    group_name: str | None = of_training(None, "group of the run in Weights & Biases")
+    logger: str = of_training(
+        "tensorboard",
+        "where curves go beside metrics.csv, which is always written: csv and none mean nowhere "
+        "else",
         choices=("csv", "tensorboard", "wandb", "none"),
-        default="tensorboard",
-        help="where curves go beside metrics.csv, which is always written: csv and none mean "
-        "nowhere else (%(default)s)",
     )
-    group.add_argument(
-        "--ckpt-path",
+    ckpt_path: str | None = of_training(
+        None,
+        "checkpoint to resume from; 'last' is the run's own last.ckpt, if there is one",
         metavar="PATH|last",
-        help="checkpoint to resume from; 'last' is the run's own last.ckpt, if there is one",
     )
-    group.add_argument(
-        "--save-minutes",
-        type=positive,
-        default=30.0,
+    save_minutes: float = of_training(
+        30.0,
+        "minutes between two saves of last.ckpt in the middle of an epoch",
+        kind=POSITIVE,
         metavar="N",
-        help="minutes between two saves of last.ckpt in the middle of an epoch (%(default)g)",
     )
-    group.add_argument(
-        "--fast-dev-run",
-        action="store_true",
-        help="one training and one validation batch, no files",
-    )
-    group.add_argument(
-        "--overfit-batches",
-        type=batches,
-        default=0,
+    fast_dev_run: bool = of_training(False, "one training and one validation batch, no files")
+    overfit_batches: int | float = of_training(
+        0,
+        "train and validate on N fixed batches, or on a share of them (default: 0, all)",
+        kind=batches,
         metavar="N",
-        help="train and validate on N fixed batches, or on a share of them",
     )
 
 
-def add_data_options(parser: ArgumentParser, *, training: bool) -> None:
-    """Adds what data to read and how to batch it."""
-    group = parser.add_argument_group("data")
-    group.add_argument("--root-dir", help="root of the data; label lists are in ROOT_DIR/labels")
-    if training:
-        group.add_argument("--train-file", help="training label list")
-        group.add_argument(
-            "--val-file", default=DEFAULT_LIST, help="validation label list (%(default)s)"
-        )
-        group.add_argument(
-            "--test-file",
-            help=f"test label list, scored after training (default: {DEFAULT_LIST} if it exists)",
-        )
-        group.add_argument(
-            "--train-num-buckets",
-            type=count,
-            default=400,
-            help="length classes from which batches are drawn (%(default)s)",
-        )
-        group.add_argument(
-            "--skip-bad-clips",
-            action="store_true",
-            help="count and log unreadable training clips instead of stopping",
-        )
-    else:
-        group.add_argument("--test-file", default=DEFAULT_LIST, help="test list (%(default)s)")
-    group.add_argument(
-        "--max-frames",
-        type=count,
-        default=1600,
-        help="video frames (25 a second) in a batch, padding included (%(default)s)",
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """How to train; each field is a flag of that name."""
+
+    title: ClassVar[str] = "training"
+
+    pretrained_model_path: str | None = option(
+        None,
+        "checkpoint: train.py starts from its weights, eval.py scores it, with the options in the "
+        "config.yaml beside it (without, eval.py scores a published Whisper, --audio-encoder "
+        "whisper --decoder whisper)",
     )
-    group.add_argument(
-        "--noise-file",
+    transfer_frontend: bool = of_training(False, "take only its front-end's weights")
+    transfer_encoder: bool = of_training(False, "take only its encoder's weights")
+    max_epochs: int = of_training(75, kind=COUNT)
+    warmup_epochs: float = of_training(5.0, "of rising rate", kind=NON_NEGATIVE)
+    optimizer: str = of_training(
+        "adamw", "adamw8bit: moments in 8 bits, by bitsandbytes", choices=OPTIMIZERS
+    )
+    lr: float = of_training(1e-3, "highest rate", kind=POSITIVE)
+    lr_pretrained: float | None = of_training(
+        None,
+        "highest rate of adapters and of pretrained parts that are trained (default: --lr)",
+        kind=POSITIVE,
+    )
+    weight_decay: float = of_training(
+        0.03, "of weights, not of norms, biases and gates", kind=NON_NEGATIVE
+    )
+    average_epochs: int = of_training(
+        10, "last epochs that are kept, and averaged into model_avg_N.pth", kind=COUNT
+    )
+    accumulate_grad_batches: int = of_training(1, "batches a step", kind=COUNT)
+    probe_batch: bool = of_training(
+        False, "try the largest batches first, and tell the memory that they take"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions:
+    """What is scored, and how errors are counted; each field is a flag of that name."""
+
+    title: ClassVar[str] = "decoding"
+
+    decode_snr_target: tuple[float, ...] = option(
+        (CLEAN_SNR,),
+        f"signal-to-noise ratios to score at; {CLEAN_SNR:.0f} is clean (the default)",
+        kind=FINITE,
         nargs="+",
-        metavar="WAV",
-        help="noise recordings (default: babble mixed from the training utterances, or from the "
-        "test list if there is no training list)",
-    )
-    group.add_argument(
-        "--sp-model-path",
-        help="SentencePiece model (default: ROOT_DIR/spm/unigram.model, else auto_avsr's "
-        "spm/unigram/unigram5000.model beside this script)",
-    )
-    group.add_argument(
-        "--dict-path", help="its units, a line 'piece id' each (default: MODEL_units.txt)"
-    )
-    group.add_argument(
-        "--crop-size", type=count, default=88, help="side of the mouth crop (%(default)s)"
-    )
-    group.add_argument(
-        "--num-workers", type=natural, default=2, help="processes that read data (%(default)s)"
-    )
-    group.add_argument("--seed", type=natural, default=42, help="of everything (%(default)s)")
-
-
-def add_optimiser_options(parser: ArgumentParser) -> None:
-    """Adds how to train."""
-    group = parser.add_argument_group("training")
-    group.add_argument("--pretrained-model-path", help="checkpoint whose weights to start from")
-    group.add_argument(
-        "--transfer-frontend", action="store_true", help="take only its front-end's weights"
-    )
-    group.add_argument(
-        "--transfer-encoder", action="store_true", help="take only its encoder's weights"
-    )
-    group.add_argument("--max-epochs", type=count, default=75, help="(%(default)s)")
-    group.add_argument(
-        "--warmup-epochs", type=non_negative, default=5, help="of rising rate (%(default)s)"
-    )
-    group.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="adamw8bit: moments in 8 bits, by bitsandbytes (%(default)s)",
-    )
-    group.add_argument("--lr", type=positive, default=1e-3, help="highest rate (%(default)s)")
-    group.add_argument(
-        "--lr-pretrained",
-        type=positive,
-        help="highest rate of adapters and of pretrained parts that are trained (default: --lr)",
-    )
-    group.add_argument(
-        "--weight-decay",
-        type=non_negative,
-        default=0.03,
-        help="of weights, not of norms, biases and gates (%(default)s)",
-    )
-    group.add_argument(
-        "--average-epochs",
-        type=count,
-        default=10,
-        help="last epochs that are kept, and averaged into model_avg_N.pth (%(default)s)",
-    )
-    group.add_argument(
-        "--accumulate-grad-batches", type=count, default=1, help="batches a step (%(default)s)"
-    )
-    group.add_argument(
-        "--probe-batch",
-        action="store_true",
-        help="try the largest batches first, and tell the memory that they take",
-    )
-
-
-def add_hardware_options(parser: ArgumentParser) -> None:
-    """Adds what to run on."""
-    group = parser.add_argument_group("hardware")
-    group.add_argument(
-        "--accelerator", default="auto", choices=("auto", "cpu", "gpu", "cuda"), help="(auto)"
-    )
-    group.add_argument(
-        "--gpus",
-        type=count,
-        help="devices of each node, or processes on CPUs (default: every GPU, one process on CPU)",
-    )
-    group.add_argument("--num-nodes", type=count, default=1, help="machines (%(default)s)")
-    group.add_argument(
-        "--strategy", default="auto", help="Lightning's: auto, ddp, fsdp, deepspeed, ... (auto)"
-    )
-    group.add_argument(
-        "--precision",
-        help="Lightning's: 32-true, 16-mixed, bf16-mixed, ... (default: bf16-mixed on a GPU that "
-        "has it, else 32-true)",
-    )
-    group.add_argument("--slurm-job-id", type=float, help="kept with the run; not needed")
-    group.add_argument("--debug", action="store_true", help="log at debug level")
-
-
-def add_decoding_options(parser: ArgumentParser) -> None:
-    """Adds how to search for the transcript."""
-    group = parser.add_argument_group("decoding")
-    sizes = [f"{name}: {choice.beam_size}" for name, choice in DECODERS.items()]
-    group.add_argument(
-        "--beam-size",
-        type=count,
-        help=f"hypotheses that are kept (default: {', '.join(sizes)})",
-    )
-    group.add_argument(
-        "--ctc-decode-weight",
-        type=probability,
-        help="CTC's share (default: 0.1, but 0 for a model without CTC)",
-    )
-    group.add_argument(
-        "--length-bonus", type=finite, default=0.0, help="score of every token (%(default)s)"
-    )
-    group.add_argument(
-        "--length-normalization",
-        action=BooleanOptionalAction,
-        default=False,
-        help="compare hypotheses by their score per token, and end the search as transformers' "
-        "generate does (%(default)s)",
-    )
-    group.add_argument(
-        "--stop-repeats",
-        action=BooleanOptionalAction,
-        help="stop hypotheses that have begun to repeat themselves (default: for pretrained "
-        "decoders that are searched without CTC)",
-    )
-    group.add_argument(
-        "--max-dec-tokens",
-        type=count,
-        metavar="N",
-        help="most tokens of a transcript (default: as many as frames)",
-    )
-    group.add_argument(
-        "--decode-max-frames",
-        type=count,
-        default=1600,
-        help="frames, padding included, that are decoded at once; bounds the memory (%(default)s)",
-    )
-    group.add_argument(
-        "--decode-snr-target",
-        type=finite,
-        nargs="+",
-        default=[CLEAN_SNR],
         metavar="DB",
-        help=f"signal-to-noise ratios to score at; {CLEAN_SNR:.0f} is clean (the default)",
     )
-    group.add_argument(
-        "--normalize",
+    normalize: str = option(
+        "none",
+        "what references and hypotheses go through before errors are counted: Whisper's "
+        "normalisers for all languages (basic) or for English (whisper)",
         choices=NORMALIZERS,
-        default="none",
-        help="what references and hypotheses go through before errors are counted: Whisper's "
-        "normalisers for all languages (basic) or for English (whisper) (%(default)s)",
     )
+    output_dir: str | None = option(
+        None,
+        "folder of hypotheses and summary (default: beside the checkpoint, if there is one)",
+        scripts=("eval",),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardwareOptions:
+    """What to run on; each field is a flag of that name."""
+
+    title: ClassVar[str] = "hardware"
+
+    accelerator: str = option("auto", choices=("auto", "cpu", "gpu", "cuda"))
+    gpus: int | None = option(
+        None,
+        "devices of each node, or processes on CPUs (default: every GPU, one process on CPU)",
+        kind=COUNT,
+    )
+    num_nodes: int = option(1, "machines", kind=COUNT)
+    strategy: str = option("auto", "Lightning's: auto, ddp, fsdp, deepspeed, ...")
+    precision: str | None = option(
+        None,
+        "Lightning's: 32-true, 16-mixed, bf16-mixed, ... (default: bf16-mixed on a GPU that has "
+        "it, else 32-true)",
+    )
+    slurm_job_id: float | None = option(None, "kept with the run; not needed", kind=float)
+    debug: bool = option(False, "log at debug level")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """All options of a run."""
+
+    run: RunOptions = branch(RunOptions)
+    data: DataOptions = branch(DataOptions)
+    model: ModelOptions = branch(ModelOptions)
+    training: TrainingOptions = branch(TrainingOptions)
+    search: SearchOptions = branch(SearchOptions)
+    scoring: ScoringOptions = branch(ScoringOptions)
+    hardware: HardwareOptions = branch(HardwareOptions)
 
 
 def train_parser() -> ArgumentParser:
     """Returns the parser of train.py."""
     parser = OneLineParser(description="Train an audio-visual speech recogniser.")
-    add_run_options(parser)
-    add_data_options(parser, training=True)
-    add_encoder_options(parser)
-    add_model_options(parser)
-    add_decoder_options(parser)
-    add_adaptation_options(parser)
-    add_optimiser_options(parser)
-    add_decoding_options(parser)
-    add_hardware_options(parser)
+    add_arguments(parser, Options, "train")
     return parser
 
 
 def eval_parser() -> ArgumentParser:
     """Returns the parser of eval.py."""
     parser = OneLineParser(description="Score a speech recogniser on a test list.")
-    group = parser.add_argument_group("checkpoint and results")
-    group.add_argument(
-        "--pretrained-model-path",
-        help="checkpoint; the config.yaml beside it gives the model's options (a published "
-        "Whisper, --audio-encoder whisper --decoder whisper, is scored without)",
-    )
-    group.add_argument(
-        "--output-dir",
-        help="folder of hypotheses and summary (default: beside the checkpoint, if there is one)",
-    )
-    add_data_options(parser, training=False)
-    add_encoder_options(parser)
-    add_model_options(parser)
-    add_decoder_options(parser)
-    add_adaptation_options(parser)
-    add_decoding_options(parser)
-    add_hardware_options(parser)
+    add_arguments(parser, Options, "eval")
+    parser.set_defaults(test_file=DEFAULT_LIST)
     return parser
 
 

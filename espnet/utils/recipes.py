@@ -3,12 +3,11 @@
 RESULTS.md has the figures of each, and the commands that print them. Nothing here imports torch.
 """
 
-from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
-from espnet.nets.decoders import DECODERS
-from espnet.nets.encoders import resolve_encoders
+from espnet.nets.decoders import are_one
+from espnet.nets.model_options import ModelOptions
 
 CLEAN_SNR = 999999.0  # dB; auto_avsr's way to say "no noise"
 DEMO_OPTIONS = {
@@ -83,25 +82,27 @@ RECIPES = {
 }
 
 
-def recipe_options(given: Namespace) -> dict[str, Any]:
-    """The options of the recipe that a command line names.
+def recipe_options(name: str | None, *, demo: bool, qlora: bool) -> dict[str, Any]:
+    """The options of a recipe.
 
     Args:
-        given: Options of the command line.
+        name: Of `RECIPES`; None for no options.
+        demo: Whether it is for the demo corpus.
+        qlora: Whether adapters on 4 bits take the place of plain ones.
 
     Returns:
-        Values by name of the option; empty without a recipe.
+        Values by name of the option.
     """
-    if given.recipe is None:
+    if name is None:
         return {}
-    recipe = RECIPES[given.recipe]
-    options = {**recipe.options, **(recipe.on_demo if given.demo else {})}
-    if given.use_qlora:  # It takes the place of plain adapters.
+    recipe = RECIPES[name]
+    options = {**recipe.options, **(recipe.on_demo if demo else {})}
+    if qlora:
         options.pop("use_lora", None)
     return options
 
 
-def demo_options(given: Namespace) -> dict[str, Any]:
+def demo_options(given: ModelOptions) -> dict[str, Any]:
     """Defaults of the demo; encoders or a modality that were given take the place of its own.
 
     Args:
@@ -111,15 +112,15 @@ def demo_options(given: Namespace) -> dict[str, Any]:
         Values by name of the option.
     """
     options = dict(DEMO_OPTIONS)
-    modality, *_ = resolve_encoders(given.modality, given.vision_encoder, given.audio_encoder)
-    if modality:
+    encoders = given.encoders.resolved()
+    if encoders.modality:
         del options["modality"], options["audio_encoder"]
-        if modality != "audiovisual":
+        if encoders.modality != "audiovisual":
             del options["modality_dropout"]
-    if given.audio_encoder == given.decoder == "whisper":  # Its sizes are the checkpoint's.
+    if are_one(encoders, given.decoder):  # Its sizes are the checkpoint's.
         for name in ("adim", "aheads", "eunits", "elayers", "dunits", "dlayers"):
             del options[name]
-    share = DECODERS[given.decoder].ctc_weight if given.ctc_weight is None else given.ctc_weight
+    share = given.decoder.choice.ctc_weight if given.ctc_weight is None else given.ctc_weight
     if not share:  # Without a CTC layer, the search can give it no share either.
         del options["ctc_weight"], options["ctc_decode_weight"]
     return options

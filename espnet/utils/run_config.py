@@ -1,33 +1,26 @@
 """The options of a run: completed, kept in its folder, and read back to score its checkpoints."""
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from espnet.nets.decoders import DECODERS
-from espnet.nets.encoders import resolve_encoders
-from espnet.utils.model_options import (
-    add_adaptation_options,
-    add_decoder_options,
-    add_encoder_options,
-    add_model_options,
-)
-from espnet.utils.options import add_data_options, add_decoding_options, train_parser
+from datamodule.options import DataOptions
+from espnet.nets.model_options import ModelOptions
+from espnet.nets.search_options import SearchOptions
+from espnet.option_tree import changed, from_flat, names, to_flat
+from espnet.utils.options import Options, train_parser
 
-PATHS = (
-    "vision_encoder_name",
-    "audio_encoder_name",
-    "decoder_name",
-    "sp_model_path",
-    "dict_path",
-)
+CHECKPOINTS = ("vision_encoder_name", "audio_encoder_name", "decoder_name")
+PATHS = (*CHECKPOINTS, "sp_model_path", "dict_path")
 
 
 def parse_eval_args(
     parser: ArgumentParser, argv: list[str] | None = None
-) -> tuple[Namespace, str | None]:
+) -> tuple[Options, str | None]:
     """Parses eval.py's command line over the options of the checkpoint's run.
 
     What neither gives has train.py's default. The run's hardware, and the noise levels that it
@@ -38,20 +31,16 @@ def parse_eval_args(
         argv: Command line; None for that of the process.
 
     Returns:
-        Options, and the modality that the model was trained for, None if nothing tells.
+        Options, whose modality is what the model was trained for, None if nothing tells; and the
+        modality to score.
     """
-    inherited = ArgumentParser()
-    groups = (add_encoder_options, add_model_options, add_decoder_options, add_adaptation_options)
-    for add in (*groups, add_decoding_options):
-        add(inherited)
-    add_data_options(inherited, training=True)
-    names = vars(inherited.parse_args([])).keys() - {"decode_snr_target"}
+    inherited = names(ModelOptions) | names(SearchOptions) | names(DataOptions) | {"normalize"}
     given = parser.parse_args(argv)
     try:
         config = load_config(given.pretrained_model_path) if given.pretrained_model_path else {}
     except ValueError as error:
         parser.error(str(error))
-    run = {name: value for name, value in config.items() if name in names and value is not None}
+    run = {name: value for name, value in config.items() if name in inherited and value is not None}
     for name in run.keys() & set(PATHS):  # Those of an exported model are relative to its folder.
         beside = Path(given.pretrained_model_path).parent / run[name]
         if beside.exists():
@@ -67,53 +56,75 @@ def parse_eval_args(
         if not all(Path(path).is_file() for path in ([paths] if isinstance(paths, str) else paths)):
             del run[name]
     parser.set_defaults(**run)
-    args = parser.parse_args(argv)
-    options = {**vars(train_parser().parse_args([])), **run, **vars(args)}
-    args = Namespace(**options)
+    values = {**vars(train_parser().parse_args([])), **run, **vars(parser.parse_args(argv))}
+    options = from_flat(Options, values)
+    modality = options.model.encoders.modality
     if "modality" not in config:
-        args.modality, *_ = resolve_encoders(args.modality, args.vision_encoder, args.audio_encoder)
-    return args, config.get("modality", args.modality)
+        modality = options.model.encoders.resolved().modality
+    return changed(options, modality=config.get("modality", modality)), modality
 
 
-def find_vocabulary(args: Namespace, parser: ArgumentParser) -> None:
+def completed(options: Options) -> Options:
+    """Fills in all that follows from what was given.
+
+    Args:
+        options: Free of contradictions.
+
+    Returns:
+        The same, resolved; checkpoints in folders have their whole paths.
+    """
+    model = options.model.resolved()
+    given = {name: value for name, value in to_flat(model).items() if name in CHECKPOINTS and value}
+    folders = {name: str(Path(v).resolve()) for name, v in given.items() if Path(v).is_dir()}
+    model = changed(model, **folders)
+    return replace(options, model=model, search=options.search.resolved(model))
+
+
+def find_vocabulary(options: Options, parser: ArgumentParser) -> Options:
     """Fills in the paths of the SentencePiece model and its units, or ends with an error.
 
     A pretrained decoder has a vocabulary of its own; it needs the model only for lists of ids.
     """
+    data = options.data
+    noise = tuple(str(Path(name).resolve()) for name in data.noise_file or ()) or None
     candidates = [
-        Path(args.root_dir) / "spm" / "unigram.model",
+        Path(data.root_dir) / "spm" / "unigram.model",
         Path(__file__).parents[2] / "spm" / "unigram" / "unigram5000.model",
     ]
-    if args.sp_model_path:
-        candidates = [Path(args.sp_model_path)]
+    if data.sp_model_path:
+        candidates = [Path(data.sp_model_path)]
     found = next((path for path in candidates if path.is_file()), None)
-    args.noise_file = [str(Path(name).resolve()) for name in args.noise_file or []] or None
-    if found is None and DECODERS[args.decoder].pretrained and not args.sp_model_path:
-        return
+    if found is None and options.model.decoder.choice.pretrained and not data.sp_model_path:
+        return replace(options, data=replace(data, noise_file=noise))
     if found is None:
         parser.error(
             f"no SentencePiece model at {' or '.join(map(str, candidates))}: give --sp-model-path, "
             "or train one with python -m datamodule.train_tokenizer"
         )
-    args.sp_model_path = str(found.resolve())
-    if args.dict_path is None:
-        units = found.with_name(f"{found.stem}_units.txt")
-        args.dict_path = str(units.resolve()) if units.is_file() else None
+    units = found.with_name(f"{found.stem}_units.txt")
+    beside = str(units.resolve()) if units.is_file() else None
+    data = replace(
+        data,
+        noise_file=noise,
+        sp_model_path=str(found.resolve()),
+        dict_path=data.dict_path or beside,
+    )
+    return replace(options, data=data)
 
 
-def save_config(args: Namespace, path: Path, versions: dict[str, str]) -> None:
+def save_config(values: Mapping[str, Any], path: Path, versions: Mapping[str, str]) -> None:
     """Writes every option, resolved, and the versions of what ran it.
 
     Args:
-        args: Options.
+        values: Options by name.
         path: File to write.
         versions: Package versions.
     """
     config = {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in sorted(vars(args).items())
+        for name, value in sorted(values.items())
     }
-    path.write_text(yaml.safe_dump({**config, "versions": versions}, sort_keys=False))
+    path.write_text(yaml.safe_dump({**config, "versions": dict(versions)}, sort_keys=False))
 
 
 def load_config(checkpoint: str) -> dict[str, Any]:

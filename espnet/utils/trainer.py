@@ -4,7 +4,6 @@ import logging
 import platform
 import sys
 import warnings
-from argparse import Namespace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from espnet.nets.adaptation import INSTALLED, REQUIREMENTS
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
+from espnet.utils.options import HardwareOptions
 
 PACKAGES = (
     "torch",
@@ -33,11 +33,11 @@ PACKAGES = (
 )
 
 
-def hardware_options(args: Namespace) -> dict[str, Any]:
+def hardware_arguments(options: HardwareOptions) -> dict[str, Any]:
     """The hardware that a command line asks for, in the trainer's terms.
 
     Args:
-        args: Options of the hardware group.
+        options: What to run on.
 
     Returns:
         Keyword arguments of `pytorch_lightning.Trainer`.
@@ -46,14 +46,14 @@ def hardware_options(args: Namespace) -> dict[str, Any]:
         ValueError: If a GPU is asked for and there is none, or fewer than asked for.
     """
     gpus = torch.cuda.device_count()
-    on_gpu = args.accelerator in ("gpu", "cuda") or (args.accelerator == "auto" and gpus > 0)
+    on_gpu = options.accelerator in ("gpu", "cuda") or (options.accelerator == "auto" and gpus > 0)
     if on_gpu and gpus == 0:
         raise ValueError(
-            f"--accelerator {args.accelerator}, but PyTorch sees no GPU: use --accelerator cpu"
+            f"--accelerator {options.accelerator}, but PyTorch sees no GPU: use --accelerator cpu"
         )
-    if on_gpu and args.gpus and args.gpus > gpus:
-        raise ValueError(f"--gpus {args.gpus}, but this machine has {gpus}: use --gpus {gpus}")
-    precision = args.precision
+    if on_gpu and options.gpus and options.gpus > gpus:
+        raise ValueError(f"--gpus {options.gpus}, but this machine has {gpus}: use --gpus {gpus}")
+    precision = options.precision
     if precision is None:
         precision = (
             "bf16-mixed"
@@ -62,21 +62,21 @@ def hardware_options(args: Namespace) -> dict[str, Any]:
         )
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
-        "devices": args.gpus or (gpus if on_gpu else 1),
-        "num_nodes": args.num_nodes,
-        "strategy": args.strategy,
+        "devices": options.gpus or (gpus if on_gpu else 1),
+        "num_nodes": options.num_nodes,
+        "strategy": options.strategy,
         "precision": precision,
         "use_distributed_sampler": False,  # The data module shares out the utterances.
     }
 
 
-def build_trainer(args: Namespace, model: nn.Module, **options: Any) -> pl.Trainer:
+def build_trainer(options: HardwareOptions, model: nn.Module, **others: Any) -> pl.Trainer:
     """Builds the trainer; batch norms of the model are synchronised if there are processes.
 
     Args:
-        args: Options of the hardware group.
+        options: What to run on.
         model: What is to be trained or scored.
-        **options: What else `pytorch_lightning.Trainer` is to be told.
+        **others: What else `pytorch_lightning.Trainer` is to be told.
 
     Returns:
         The trainer.
@@ -84,7 +84,7 @@ def build_trainer(args: Namespace, model: nn.Module, **options: Any) -> pl.Train
     Raises:
         ValueError: If Lightning refuses the options.
     """
-    hardware = hardware_options(args)
+    hardware = hardware_arguments(options)
     several = hardware["devices"] * hardware["num_nodes"] > 1
     on_gpu = hardware["accelerator"] == "gpu"
     if several and not on_gpu:
@@ -95,7 +95,7 @@ def build_trainer(args: Namespace, model: nn.Module, **options: Any) -> pl.Train
             sync_batchnorm=several and on_gpu,
             enable_progress_bar=sys.stderr.isatty(),
             enable_model_summary=False,
-            **options,
+            **others,
         )
     except MisconfigurationException as error:
         raise ValueError(f"Lightning refuses the options: {str(error).splitlines()[0]}") from None

@@ -83,7 +83,7 @@ def test_only_real_frames_pass_through_front_ends_and_conformer(frames):
 
 def test_the_model_of_the_benchmark_has_auto_avsrs_sizes():
     with torch.device("meta"):
-        model = train_step.E2E(5049, "audiovisual", elayers=12)
+        model = train_step.E2E.from_keywords(5049, "audiovisual", elayers=12)
     millions = {name: 0.0 for name, _ in model.named_children()}
     for name, parameter in model.named_parameters():
         millions[name.split(".")[0]] += parameter.numel() / 1e6

@@ -196,7 +196,7 @@ def test_steps_train_what_the_way_says(way, monkeypatch):
     with qlora_memory.saved_case(case) as options:
         options |= case.ways[way]
         torch.manual_seed(0)
-        model = qlora_memory.E2E(**options)
+        model = qlora_memory.E2E.from_keywords(**options)
     assert model.training
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -248,7 +248,7 @@ def test_running_out_of_memory_ends_a_row_only(monkeypatch):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB\nand more")
 
-    monkeypatch.setattr(qlora_memory, "E2E", lambda: torch.nn.Identity())
+    monkeypatch.setattr(qlora_memory.E2E, "from_keywords", nn.Identity)
     monkeypatch.setattr(qlora_memory, "batch_of", lambda *_: None)
     monkeypatch.setattr(qlora_memory, "train", fail)
     assert qlora_memory.measure_training({}, FRAMES, CPU) == (

@@ -350,14 +350,16 @@ def test_broken_tokenizer(changed, name):
 
 def test_wrong_architecture(llama, whisper, monkeypatch):
     for load, name, message in (
-        (load_llama, whisper, "is a checkpoint of whisper, one of llama is expected"),
+        (load_llama, whisper, "is a checkpoint of whisper, one of llama, mistral,.* is expected"),
         (load_whisper, llama, "is a checkpoint of llama, one of whisper is expected"),
     ):
         with pytest.raises(ValueError, match=message):
             load(name)
     # That of a hub id is seen only when its config has been fetched.
     monkeypatch.setattr(pretrained_text_transform, "folder_problem", lambda *_: None)
-    with pytest.raises(ValueError, match="is a checkpoint of whisper, one of llama is expected"):
+    with pytest.raises(
+        ValueError, match="is a checkpoint of whisper, one of llama, mistral,.* is expected"
+    ):
         load_llama(whisper)
 
 
@@ -370,12 +372,34 @@ def test_no_such_checkpoint(tmp_path, monkeypatch):
     one_line("give --decoder-name", error)
 
 
-@pytest.mark.parametrize("key", ["bos_token", "eos_token"])
-def test_llama_without_a_special_token(changed, key):
-    folder = changed("llama", {"tokenizer_config.json": {key: None}})
-    with pytest.raises(ValueError, match=f"has a tokenizer without {key}: give") as error:
+def test_llama_without_a_token_that_ends(changed):
+    folder = changed("llama", {"tokenizer_config.json": {"eos_token": None}})
+    with pytest.raises(ValueError, match="has a tokenizer without eos_token, one") as error:
         load_llama(folder)
     one_line(folder, error)
+
+
+@pytest.mark.parametrize(
+    ("named", "begin"),
+    [
+        ("<|start_header_id|>", "<|start_header_id|>"),  # as the config of Qwen does
+        ("a", "<|end_of_text|>"),  # The default of a config may be any token.
+        (None, "<|end_of_text|>"),
+    ],
+)
+def test_what_stands_in_for_bos(changed, llama, named, begin):
+    """The tokenizer has none, as Qwen's: it begins with what the config names, or with EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    named, begin = (token and tokenizer.convert_tokens_to_ids(token) for token in (named, begin))
+    changes = {"tokenizer_config.json": {"bos_token": None}, "config.json": {"bos_token_id": named}}
+    folder = changed("llama", changes)
+    assert AutoTokenizer.from_pretrained(folder).bos_token_id is None
+    transform = load_llama(folder)
+    assert transform.prompt == (begin,)
+    assert transform.sos == begin + 1
+    assert begin == transform.eos - 1 or begin in transform.special_tokens
+    text = tokenizer.encode(PROMPT, add_special_tokens=False)
+    assert load_llama(folder, prompt=PROMPT).prompt == (begin, *text)
 
 
 def test_whisper_without_special_tokens(tiny_checkpoints, changed):

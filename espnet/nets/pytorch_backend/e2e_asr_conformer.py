@@ -1,31 +1,15 @@
 """The recogniser: front-ends, fusion by concatenation, Conformer, CTC and decoder."""
 
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.adaptation import AdaptationOptions, adaptation_problems
-from espnet.nets.decoders import (
-    DECODERS,
-    DecoderOptions,
-    Vocabulary,
-    decoder_problems,
-    default_adim,
-    default_elayers,
-    resolve_parts,
-)
-from espnet.nets.encoders import (
-    AUDIO_ENCODERS,
-    STREAMS,
-    VISION_ENCODERS,
-    EncoderOptions,
-    encoder_problems,
-    pretrained_of,
-)
+from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary
+from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
+from espnet.nets.model_options import ModelOptions
 from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
@@ -42,12 +26,12 @@ from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
+from espnet.option_tree import from_flat, names
 
-Options = TypeVar("Options", EncoderOptions, DecoderOptions, AdaptationOptions)
 MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
 
 
-def build_video_frontend(options: EncoderOptions, *, quantize: bool = False) -> nn.Module:
+def build_video_frontend(options: ModelOptions, *, quantize: bool = False) -> nn.Module:
     """Builds the front-end of the video stream.
 
     Args:
@@ -60,28 +44,25 @@ def build_video_frontend(options: EncoderOptions, *, quantize: bool = False) -> 
     Raises:
         ValueError: If the name is unknown, or the checkpoint cannot be loaded.
     """
-    name = options.vision_encoder
+    encoders = options.encoders
+    name = encoders.vision_encoder
     of_images = {
-        "freeze": options.freeze_vision_encoder,
-        "unfreeze_last_layers": _unfrozen(options, options.freeze_vision_encoder),
-        "encoder_layer": options.encoder_layer,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "quantize": quantize,
-        "pooling": options.vision_pooling,
-        "image_size": options.vision_image_size,
-        "chunk_frames": options.vision_chunk_frames,
+        **_of_checkpoint(options, freeze=encoders.freeze_vision_encoder, quantize=quantize),
+        "pooling": encoders.vision_pooling,
+        "image_size": encoders.vision_image_size,
+        "chunk_frames": encoders.vision_chunk_frames,
     }
     if name == "resnet":
-        frontend = Conv3dResNet(width=options.video_width)
-        return frontend.requires_grad_(not options.freeze_vision_encoder)
+        frontend = Conv3dResNet(width=encoders.video_width)
+        return frontend.requires_grad_(not encoders.freeze_vision_encoder)
     elif name == "vit":
-        return ViTEncoder(options.vision_encoder_name, **of_images)
+        return ViTEncoder(encoders.vision_encoder_name, **of_images)
     elif name == "clip":
-        return CLIPEncoder(options.vision_encoder_name, **of_images)
+        return CLIPEncoder(encoders.vision_encoder_name, **of_images)
     raise ValueError(f"video front-end {name!r} is unknown: choose {', '.join(VISION_ENCODERS)}")
 
 
-def build_audio_frontend(options: EncoderOptions, *, quantize: bool = False) -> nn.Module:
+def build_audio_frontend(options: ModelOptions, *, quantize: bool = False) -> nn.Module:
     """Builds the front-end of the audio stream.
 
     Args:
@@ -94,40 +75,39 @@ def build_audio_frontend(options: EncoderOptions, *, quantize: bool = False) -> 
     Raises:
         ValueError: If the name is unknown, or the checkpoint cannot be loaded.
     """
-    name = options.audio_encoder
-    of_waves = {
-        "freeze": options.freeze_audio_encoder,
-        "unfreeze_last_layers": _unfrozen(options, options.freeze_audio_encoder),
-        "encoder_layer": options.encoder_layer,
-        "gradient_checkpointing": options.gradient_checkpointing,
-        "quantize": quantize,
-    }
+    encoders = options.encoders
+    name = encoders.audio_encoder
+    of_waves = _of_checkpoint(options, freeze=encoders.freeze_audio_encoder, quantize=quantize)
     if name == "resnet1d":
-        frontend = Conv1dResNet(width=options.audio_width)
-        return frontend.requires_grad_(not options.freeze_audio_encoder)
+        frontend = Conv1dResNet(width=encoders.audio_width)
+        return frontend.requires_grad_(not encoders.freeze_audio_encoder)
     elif name == "fbank":
-        frontend = FilterBank(width=options.audio_width)
-        return frontend.requires_grad_(not options.freeze_audio_encoder)
+        frontend = FilterBank(width=encoders.audio_width)
+        return frontend.requires_grad_(not encoders.freeze_audio_encoder)
     elif name == "whisper":
-        margin = options.whisper_margin
-        return WhisperEncoder(options.audio_encoder_name, margin=margin, **of_waves)
+        margin = encoders.whisper_margin
+        return WhisperEncoder(encoders.audio_encoder_name, margin=margin, **of_waves)
     elif name == "wavlm":
-        return WavLMEncoder(options.audio_encoder_name, **of_waves)
+        return WavLMEncoder(encoders.audio_encoder_name, **of_waves)
     raise ValueError(f"audio front-end {name!r} is unknown: choose {', '.join(AUDIO_ENCODERS)}")
 
 
-def _unfrozen(options: EncoderOptions, freeze: bool) -> int:
-    return options.unfreeze_last_layers if freeze else 0
+def _of_checkpoint(options: ModelOptions, *, freeze: bool, quantize: bool) -> dict[str, Any]:
+    """What every front-end with a checkpoint takes."""
+    return {
+        "freeze": freeze,
+        "unfreeze_last_layers": options.encoders.unfreeze_last_layers if freeze else 0,
+        "encoder_layer": options.encoders.encoder_layer,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "quantize": quantize,
+    }
 
 
 def build_decoder(
-    options: DecoderOptions,
+    options: ModelOptions,
+    vocabulary: Vocabulary,
     *,
     memory_dim: int,
-    dropout_rate: float,
-    gradient_checkpointing: bool,
-    vocabulary: Vocabulary,
-    transformer: dict[str, int],
     video_dim: int = 0,
     quantize: bool = False,
 ) -> nn.Module:
@@ -135,11 +115,8 @@ def build_decoder(
 
     Args:
         options: Resolved.
-        memory_dim: Size of the encoder's output.
-        dropout_rate: Dropout of what does not come from a checkpoint.
-        gradient_checkpointing: Whether layers of a checkpoint are computed again for gradients.
         vocabulary: What it speaks.
-        transformer: Sizes of `TransformerDecoder`.
+        memory_dim: Size of the encoder's output.
         video_dim: Features of the video that follow those of the memory; 0 for none.
         quantize: As for `build_video_frontend`.
 
@@ -149,36 +126,38 @@ def build_decoder(
     Raises:
         ValueError: If the name is unknown, or the checkpoint cannot be loaded.
     """
-    name = options.decoder
+    decoder = options.decoder
+    name = decoder.decoder
     pretrained = {
         "memory_dim": memory_dim,
         "prompt": vocabulary.prompt,
         "eos": vocabulary.eos,
         "suppress": vocabulary.special_tokens,
-        "freeze": options.freeze_decoder,
-        "gradient_checkpointing": gradient_checkpointing,
-        "dropout_rate": dropout_rate,
-        "dtype": _decoder_dtype(options),
+        "freeze": decoder.freeze_decoder,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "dropout_rate": options.dropout_rate,
+        "dtype": _decoder_dtype(decoder),
         "quantize": quantize,
     }
     if name == "transformer":
         return TransformerDecoder(
-            odim=vocabulary.odim, attention_dim=memory_dim, dropout_rate=dropout_rate, **transformer
+            odim=vocabulary.odim,
+            attention_dim=memory_dim,
+            attention_heads=options.aheads,
+            linear_units=options.dunits,
+            num_blocks=options.dlayers,
+            dropout_rate=options.dropout_rate,
         )
     elif name == "llama":
         return LLaMADecoder(
-            options.decoder_name,
-            conditioning=options.llama_conditioning,
-            cross_every=options.llama_cross_every,
-            downsample=options.llama_downsample,
+            decoder.decoder_name,
+            conditioning=decoder.llama_conditioning,
+            cross_every=decoder.llama_cross_every,
+            downsample=decoder.llama_downsample,
             **pretrained,
         )
     elif name == "whisper":
-        return WhisperDecoder(
-            options.decoder_name,
-            video_dim=video_dim,
-            **pretrained,
-        )
+        return WhisperDecoder(decoder.decoder_name, video_dim=video_dim, **pretrained)
     raise ValueError(f"decoder {name!r} is unknown: choose {', '.join(DECODERS)}")
 
 
@@ -195,148 +174,80 @@ class E2E(FreezableModule):
     Source: Watanabe et al., Hybrid CTC/Attention Architecture, 2017; Ma et al., Auto-AVSR, ICASSP
     2023, whose state dicts load as they are.
 
+    Without a Conformer, and with a pretrained audio encoder whose features at the frame rate have
+    size `adim`, the fused features are the audio's at the start.
+
     Args:
-        odim: Vocabulary size V: blank (0), the tokens, and eos, by default V - 1 and sos too.
-        modality: `audio`, `video` or `audiovisual`.
-        ctc_weight: Weight of the CTC loss in [0, 1]; the decoder's loss has the rest. At 0 there is
-            no CTC layer. None: 0.1, but 0 with a pretrained decoder.
+        options: Resolved or not.
+        vocabulary: V ids: blank (0), the tokens, and what begins and ends a text.
         ignore_id: Id that pads targets.
-        adim: Feature size D of encoder and decoder. None: 768, but without a Conformer that of a
-            pretrained audio encoder's features at the frame rate.
-        aheads: Attention heads.
-        eunits: Feed-forward units of the encoder.
-        elayers: Blocks of the encoder; 0 leaves it out. Then, and if the audio encoder is
-            pretrained and its features at the frame rate have size `adim`, the fused features are
-            the audio's at the start. None: 12, but 0 from a Whisper encoder to a Whisper decoder.
-        dunits: Feed-forward units of the decoder.
-        dlayers: Blocks of the decoder.
-        cnn_module_kernel: Frames that the encoder's convolutions see.
-        dropout_rate: Dropout everywhere.
-        label_smoothing: Probability that the decoder's target leaves to the other tokens.
-        modality_dropout: Probabilities with which a training utterance loses its audio, and its
-            video; never both. If either is positive, a learned vector stands in for a missing
-            stream, and the model also takes inputs that lack one.
-        sos: Id that begins a decoder's input; None: the same as `eos`.
-        eos: Id that ends its output; None: V - 1.
-        prompt: As in `Vocabulary`.
-        special_tokens: As in `Vocabulary`.
-        **options: Fields of `EncoderOptions`, `DecoderOptions` and `AdaptationOptions`:
-            `vision_encoder`, `decoder`, `use_qlora`...
+
+    Attributes:
+        options: Resolved.
 
     Raises:
-        ValueError: If the modality is unknown, a weight or probability is out of range, modality
-            dropout is asked of a model with one stream, encoders and decoder do not fit together
-            or the vocabulary, a checkpoint cannot be loaded, or a part cannot be adapted.
+        ValueError: If options contradict each other or do not fit the vocabulary, a checkpoint
+            cannot be loaded, or a part cannot be adapted.
     """
 
-    def __init__(
-        self,
-        odim: int,
-        modality: str,
-        ctc_weight: float | None = None,
-        ignore_id: int = -1,
-        *,
-        adim: int | None = None,
-        aheads: int = 12,
-        eunits: int = 3072,
-        elayers: int | None = None,
-        dunits: int = 3072,
-        dlayers: int = 6,
-        cnn_module_kernel: int = 31,
-        dropout_rate: float = 0.1,
-        label_smoothing: float = 0.1,
-        modality_dropout: tuple[float, float] = (0.0, 0.0),
-        sos: int | None = None,
-        eos: int | None = None,
-        prompt: tuple[int, ...] = (),
-        special_tokens: tuple[int, ...] = (),
-        **options: Any,
-    ) -> None:
+    def __init__(self, options: ModelOptions, vocabulary: Vocabulary, ignore_id: int = -1) -> None:
         super().__init__()
-        encoders, decoders = _part(options, EncoderOptions), _part(options, DecoderOptions)
-        adaptation = _part(options, AdaptationOptions)
-        if options:
-            raise TypeError(f"E2E got unknown options {', '.join(sorted(options))}")
-        _check_arguments(modality, ctc_weight or 0.0, label_smoothing, modality_dropout)
-        if problems := encoder_problems(modality, encoders) + decoder_problems(modality, decoders):
-            raise ValueError("; ".join(problems))
-        encoders, decoders = resolve_parts(modality, encoders, decoders)
-        elayers = default_elayers(encoders, decoders) if elayers is None else elayers
-        if problems := adaptation_problems(adaptation, encoders, decoders, elayers):
-            raise ValueError("; ".join(problems))
-        adaptation = adaptation.resolved(encoders, decoders)
+        self.options = options = options.resolved()
+        encoders, decoder, adaptation = options.encoders, options.decoder, options.adaptation
         in_4_bits = adaptation.qlora_parts if adaptation.use_qlora else ()
-        self.odim = odim
-        self.eos = odim - 1 if eos is None else eos
-        self.sos = self.eos if sos is None else sos
-        self.streams = STREAMS[modality]
-        self.fused_streams = ("audio",) if decoders.whisper_gated_video else self.streams
-        self.ctc_weight = (
-            DECODERS[decoders.decoder].ctc_weight if ctc_weight is None else ctc_weight
-        )
+        self.odim, self.sos, self.eos = vocabulary.odim, vocabulary.sos, vocabulary.eos
+        self.streams = encoders.streams
+        self.fused_streams = ("audio",) if decoder.whisper_gated_video else self.streams
+        self.ctc_weight = options.ctc_weight
         self.ignore_id = ignore_id
-        self.label_smoothing = label_smoothing
-        self.modality_dropout = modality_dropout
+        self.label_smoothing = options.label_smoothing
+        self.modality_dropout = options.modality_dropout
 
         self.frame_rate = encoders.frame_rate
         # Frames of silence after an utterance, which Whisper's encoder adds.
         self.margin = round(encoders.whisper_margin * self.frame_rate)
         if "video" in self.streams:
-            self.video_frontend = build_video_frontend(encoders, quantize="vision" in in_4_bits)
+            self.video_frontend = build_video_frontend(options, quantize="vision" in in_4_bits)
         if "audio" in self.streams:
-            self.audio_frontend = build_audio_frontend(encoders, quantize="audio" in in_4_bits)
+            self.audio_frontend = build_audio_frontend(options, quantize="audio" in in_4_bits)
         widths = {stream: self._width(stream) for stream in self.streams}
-        if any(modality_dropout):
+        if any(options.modality_dropout):
             self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
             self.missing_audio = nn.Parameter(torch.zeros(widths["audio"]))
-        if adim is None:
-            adim = default_adim(encoders, elayers) or widths["audio"]
+        adim = options.adim or widths["audio"]
         self.proj_encoder = nn.Linear(sum(widths[s] for s in self.fused_streams), adim)
         self.encoder = None
-        if elayers:
+        if options.elayers:
             self.encoder = ConformerEncoder(
                 attention_dim=adim,
-                attention_heads=aheads,
-                linear_units=eunits,
-                num_blocks=elayers,
-                cnn_module_kernel=cnn_module_kernel,
-                dropout_rate=dropout_rate,
+                attention_heads=options.aheads,
+                linear_units=options.eunits,
+                num_blocks=options.elayers,
+                cnn_module_kernel=options.cnn_module_kernel,
+                dropout_rate=options.dropout_rate,
             )
-        elif encoders.audio_encoder in pretrained_of(AUDIO_ENCODERS) and widths["audio"] == adim:
+        elif (hears := encoders.choice("audio")) and hears.pretrained and widths["audio"] == adim:
             _pass_on_last(self.proj_encoder)
         # Gated video reaches the decoder beside the memory, not in it.
-        video_dim = widths["video"] if decoders.whisper_gated_video else 0
+        video_dim = widths["video"] if decoder.whisper_gated_video else 0
         self.decoder = build_decoder(
-            decoders,
+            options,
+            vocabulary,
             memory_dim=adim,
             video_dim=video_dim,
-            dropout_rate=dropout_rate,
-            gradient_checkpointing=encoders.gradient_checkpointing,
-            vocabulary=Vocabulary(
-                odim=odim,
-                sos=self.sos,
-                eos=self.eos,
-                prompt=prompt,
-                special_tokens=special_tokens,
-            ),
-            transformer={
-                "attention_heads": aheads,
-                "linear_units": dunits,
-                "num_blocks": dlayers,
-            },
             quantize="decoder" in in_4_bits,
         )
-        if DECODERS[decoders.decoder].pretrained and self.decoder.odim != odim:
+        if decoder.choice.pretrained and self.decoder.odim != self.odim:
             raise ValueError(
-                f"the vocabulary has {odim} ids, but --decoder-name {decoders.decoder_name} needs "
-                f"{self.decoder.odim}: take the tokenizer of this checkpoint"
+                f"the vocabulary has {self.odim} ids, but --decoder-name {decoder.decoder_name} "
+                f"needs {self.decoder.odim}: take the tokenizer of this checkpoint"
             )
         self.ctc = None
         if self.ctc_weight:
             self.ctc = CTC(
-                odim=odim,
+                odim=self.odim,
                 encoder_dim=adim + video_dim,
-                dropout_rate=dropout_rate,
+                dropout_rate=options.dropout_rate,
                 ignore_id=ignore_id,
             )
         if adaptation.enabled:
@@ -345,6 +256,52 @@ class E2E(FreezableModule):
             )
         self.register_load_state_dict_pre_hook(_rename_on_load)
         self.train()  # but for what is frozen
+
+    @classmethod
+    def from_keywords(
+        cls,
+        odim: int,
+        modality: str,
+        ctc_weight: float | None = None,
+        ignore_id: int = -1,
+        *,
+        sos: int | None = None,
+        eos: int | None = None,
+        prompt: tuple[int, ...] = (),
+        special_tokens: tuple[int, ...] = (),
+        **options: Any,
+    ) -> "E2E":
+        """Builds a model without a command line, with the first arguments of auto_avsr's `E2E`.
+
+        Args:
+            odim: Vocabulary size V.
+            modality: `audio`, `video` or `audiovisual`.
+            ctc_weight: CTC's share of the loss.
+            ignore_id: Id that pads targets.
+            sos: Id that begins a decoder's input; None: the same as `eos`.
+            eos: Id that ends its output; None: V - 1.
+            prompt: As in `Vocabulary`.
+            special_tokens: As in `Vocabulary`.
+            **options: Options of `ModelOptions` and its branches, by name.
+
+        Returns:
+            The model.
+
+        Raises:
+            TypeError: If there is no such option.
+        """
+        if unknown := options.keys() - names(ModelOptions):
+            raise TypeError(f"E2E got unknown options {', '.join(sorted(unknown))}")
+        eos = odim - 1 if eos is None else eos
+        vocabulary = Vocabulary(
+            odim=odim,
+            sos=eos if sos is None else sos,
+            eos=eos,
+            prompt=prompt,
+            special_tokens=special_tokens,
+        )
+        given = {**options, "modality": modality, "ctc_weight": ctc_weight}
+        return cls(from_flat(ModelOptions, given), vocabulary, ignore_id)
 
     def forward(
         self,
@@ -522,37 +479,6 @@ class E2E(FreezableModule):
             ignore_id=self.ignore_id,
         )
         return loss / len(targets), correct / (outputs != self.ignore_id).sum()
-
-
-def _part(options: dict[str, Any], kind: type[Options]) -> Options:
-    """Takes the fields of a group of options out of all of them."""
-    return kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options})
-
-
-def _check_arguments(
-    modality: str,
-    ctc_weight: float,
-    label_smoothing: float,
-    modality_dropout: tuple[float, float],
-) -> None:
-    if modality not in STREAMS:
-        raise ValueError(f"modality {modality!r} is unknown: choose one of {', '.join(STREAMS)}")
-    if not 0 <= ctc_weight <= 1:
-        raise ValueError(f"CTC weight {ctc_weight} is out of range: choose it in [0, 1]")
-    if not 0 <= label_smoothing <= 0.9:
-        raise ValueError(
-            f"label smoothing {label_smoothing} is out of range: choose it in [0, 0.9]"
-        )
-    if min(modality_dropout) < 0 or sum(modality_dropout) > 1:
-        raise ValueError(
-            f"modality dropout {tuple(modality_dropout)} is out of range: two probabilities whose "
-            "sum is at most 1 are expected"
-        )
-    if any(modality_dropout) and len(STREAMS[modality]) < 2:
-        raise ValueError(
-            f"modality dropout {tuple(modality_dropout)} with modality {modality}: only an "
-            "audiovisual model has a stream to spare, set it to 0 0"
-        )
 
 
 def _pass_on_last(projection: nn.Linear) -> None:

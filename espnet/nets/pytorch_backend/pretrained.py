@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from espnet.nets.encoders import folder_problem
+from espnet.nets.encoders import folder_problem, type_problem
 from espnet.nets.pytorch_backend.qlora_utils import (
     check_quantisation,
     finish_loading,
@@ -58,7 +58,7 @@ def load_pretrained(
     more, in full precision, whatever has become of the model by then.
 
     Args:
-        model_class: Class of transformers.
+        model_class: Class of transformers, or one of its Auto classes.
         name: Hub id, or a folder as `save_pretrained` leaves it.
         model_types: Architectures, as config.json names them, that it may be of.
         flag: Command-line option that names it, for errors.
@@ -92,8 +92,11 @@ def load_pretrained(
         found = AutoConfig.from_pretrained(name).model_type
         if found in model_types:
             if quantize:
+                # Classes that choose another by the config have no constructor of their own.
+                build = getattr(model_class, "from_config", model_class)
+                config_class = getattr(model_class, "config_class", AutoConfig)
                 with torch.device("meta"):
-                    empty = model_class(model_class.config_class.from_pretrained(name))
+                    empty = build(config_class.from_pretrained(name))
                 options["quantization_config"] = loading_config(empty)
             model, report = model_class.from_pretrained(
                 name,
@@ -110,13 +113,10 @@ def load_pretrained(
     finally:
         transformers_logging.set_verbosity(verbosity)
     if found not in model_types:
-        raise ValueError(
-            f"{flag} {name} is a checkpoint of {found}, one of {' or '.join(model_types)} is "
-            f"expected: {remedy}"
-        )
+        raise ValueError(f"{flag} {name} {type_problem(found, model_types)}: {remedy}")
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"{flag} {name} lacks {len(missing)} weights of {model_class.__name__}, such as "
+            f"{flag} {name} lacks {len(missing)} weights of {type(model).__name__}, such as "
             f"{', '.join(missing[:SHOWN])}: {remedy}"
         )
     if quantize:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from espnet.nets.adaptation import INSTALLED, AdaptationOptions, install_command
+from espnet.nets.decoders import CAUSAL_LM_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,10 @@ OUTPUT_LAYERS = ("lm_head", "proj_out", "ctc_lo", "output_layer")
 
 # The linear layers of attention and feed-forward blocks, by the `model_type` of transformers.
 LORA_TARGETS = {
-    "llama": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    **dict.fromkeys(
+        CAUSAL_LM_TYPES,
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
     "whisper": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"),
     "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),

@@ -17,7 +17,8 @@ LLAMA = {"decoder": "llama"}
 
 
 def resolve(modality, encoders, decoder):
-    return EncoderOptions(**encoders).resolved(modality), DecoderOptions(**decoder).resolved()
+    encoders = EncoderOptions(modality=modality, **encoders).resolved()
+    return encoders, DecoderOptions(**decoder).resolved()
 
 
 def problems_of(options, modality="audiovisual", encoders=RESNETS, decoder=None, elayers=12):
@@ -103,7 +104,7 @@ FREEZES = "contradicts --use-qlora, which freezes the weights that it adapts: le
         (
             {"use_qlora": True, "qlora_parts": ("vision", "text")},
             PRETRAINED,
-            ["--qlora-parts text is unknown: choose among vision, audio, encoder, decoder"],
+            ["--qlora-parts text is unknown: choose one of vision, audio, encoder, decoder"],
         ),
         (
             {"use_qlora": True, "qlora_parts": ("vision", "audio")},

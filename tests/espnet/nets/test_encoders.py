@@ -24,13 +24,13 @@ def test_modality_and_encoders_follow_from_each_other(given, expected):
 
 
 def test_resolved_options_name_checkpoints_and_freezing():
-    options = EncoderOptions(vision_encoder="clip", audio_encoder="fbank").resolved("audiovisual")
+    options = EncoderOptions(vision_encoder="clip", audio_encoder="fbank").resolved()
     assert options.vision_encoder_name == "openai/clip-vit-base-patch16"
     assert options.audio_encoder_name is None
     assert options.freeze_vision_encoder is True
     assert options.freeze_audio_encoder is False
-    assert options.resolved("audiovisual") == options
-    trained = EncoderOptions(audio_encoder="wavlm", freeze_audio_encoder=False).resolved("audio")
+    assert options.resolved() == options
+    trained = EncoderOptions(audio_encoder="wavlm", freeze_audio_encoder=False).resolved()
     assert trained.freeze_audio_encoder is False
     assert trained.freeze_vision_encoder is None
 
@@ -58,18 +58,27 @@ def test_resolved_options_name_checkpoints_and_freezing():
             ["needs a pretrained encoder that is frozen"],
         ),
         ("video", {"vision_image_size": 224}, ["--vision-image-size 224 needs --vision-encoder"]),
-        ("video", {"vision_pooling": "max"}, ["--vision-pooling max: choose cls or mean"]),
+        (
+            "video",
+            {"vision_pooling": "max"},
+            ["--vision-pooling max is unknown: choose one"],
+        ),
         ("video", {"vision_pooling": "mean"}, ["--vision-pooling mean needs --vision-encoder vit"]),
         (
             "audio",
-            {"whisper_pad_30s": True, "frame_rate": 30},
-            ["--whisper-pad-30s needs --audio-encoder whisper", "--frame-rate 30: choose 25 or 50"],
+            {"whisper_pad_30s": True, "whisper_margin": 2.0},
+            [
+                "--whisper-margin 2.0 needs --audio-encoder whisper",
+                "--whisper-pad-30s needs --audio-encoder whisper",
+                "--whisper-pad-30s contradicts --whisper-margin 2",
+            ],
         ),
+        ("audio", {"frame_rate": 30}, ["--frame-rate 30 is unknown: choose one of 25, 50"]),
         ("audio", {"audio_encoder": "mfcc"}, ["--audio-encoder mfcc is unknown: choose one of"]),
     ],
 )
 def test_contradictions(modality, options, messages):
-    problems = encoder_problems(modality, EncoderOptions(**options))
+    problems = encoder_problems(EncoderOptions(modality=modality, **options))
     assert len(problems) == len(messages)
     for problem, message in zip(problems, messages, strict=True):
         assert message in problem
@@ -79,7 +88,7 @@ def test_contradictions(modality, options, messages):
 @pytest.mark.parametrize("audio", ["resnet1d", "fbank", "whisper", "wavlm"])
 def test_any_vision_encoder_goes_with_any_audio_encoder(vision, audio):
     options = EncoderOptions(vision_encoder=vision, audio_encoder=audio)
-    assert encoder_problems("audiovisual", options) == []
+    assert encoder_problems(options) == []
 
 
 def test_folders_are_looked_into(tmp_path):
@@ -89,7 +98,10 @@ def test_folders_are_looked_into(tmp_path):
     assert "holds no readable config.json" in folder_problem("--x", str(tmp_path), ("vit",))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     problem = folder_problem("--x", str(tmp_path), ("vit",))
-    assert problem == f"--x {tmp_path} is a checkpoint of clip, one of vit is expected"
+    remedy = "give the folder or hub id of such a checkpoint"
+    assert problem == f"--x {tmp_path} is a checkpoint of clip, one of vit is expected: {remedy}"
+    problem = folder_problem("--x", str(tmp_path), ("vit", "deit", "beit"))
+    assert "one of vit, deit or beit is expected" in problem
     assert folder_problem("--x", str(tmp_path), ("clip", "clip_vision_model")) is None
     (tmp_path / "config.json").write_text("[]")
     assert "holds no readable config.json" in folder_problem("--x", str(tmp_path), ("vit",))

@@ -23,7 +23,7 @@ SIZES = {"adim": 8, "aheads": 2, "eunits": 8, "elayers": 1, "dunits": 8, "dlayer
 
 
 def make(modality="audio", odim=7, **options):
-    return E2E(odim, modality, video_width=2, audio_width=2, **{**SIZES, **options})
+    return E2E.from_keywords(odim, modality, video_width=2, audio_width=2, **{**SIZES, **options})
 
 
 def randomise(model, seed):

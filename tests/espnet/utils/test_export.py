@@ -26,7 +26,7 @@ from espnet.utils import export
 from espnet.utils.building import build_model, build_text_transform
 from espnet.utils.checkpoint import load_model, read_state_dict
 from espnet.utils.options import eval_parser
-from espnet.utils.run_config import parse_eval_args
+from espnet.utils.run_config import completed, parse_eval_args
 from tests.test_train_and_eval import error_of
 
 WIDE = ["--adim", "64", "--eunits", "64", "--dunits", "64", "--max-dec-tokens", "5"]
@@ -106,11 +106,18 @@ def exported(train_arguments, tiny_checkpoints, tmp_path_factory):
     return of
 
 
+def build(words):
+    """The model that eval.py builds for a command line, and its vocabulary."""
+    options, _ = parse_eval_args(eval_parser(), words)
+    options = completed(options)
+    transform = build_text_transform(options.model.decoder, options.data)
+    return build_model(options.model, transform), transform
+
+
 def load(path):
     """The model of a checkpoint as eval.py builds it."""
     words = ["--pretrained-model-path", str(path), "--root-dir", str(path.parent)]
-    args, modality = parse_eval_args(eval_parser(), words)
-    model = build_model(args, modality, build_text_transform(args))
+    model, _ = build(words)
     load_model(model, path)
     return model.eval()
 
@@ -218,9 +225,8 @@ def test_a_finetuned_whisper_is_exported_as_one_whisper(exported):
     trained = read_state_dict(run / "model_avg_10.pth")["proj_encoder.weight"]
     assert (trained - torch.eye(64)).abs().max() > 1e-3
     words = ["--pretrained-model-path", str(out / "model.pth"), "--root-dir", str(out)]
-    args, modality = parse_eval_args(eval_parser(), [*words, "--whisper-margin", "30s"])
-    transform = build_text_transform(args)
-    model = build_model(args, modality, transform).eval()
+    model, transform = build([*words, "--whisper-margin", "30s"])
+    model.eval()
     load_model(model, out / "model.pth")
     tokens = torch.tensor([[model.sos, 9, 40, 7]])
     memory = model.encode(wave[None, :, None], torch.tensor([16_000]))

@@ -13,12 +13,14 @@ import torch
 import train
 from datamodule.label_list import LabelList
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.option_tree import from_flat
 from espnet.utils.failed_batch import (
     FailedBatch,
     describe,
     is_of_other_process,
     is_out_of_memory,
 )
+from espnet.utils.options import Options
 
 FAILING_PROCESS = """
 import os, sys
@@ -210,16 +212,16 @@ def test_remedies_are_those_that_are_left(corpus, options, remedies):
         global_rank=0,
         datamodule=Namespace(train_dataset=Namespace(labels=LabelList(str(corpus), "train.csv"))),
     )
-    args = Namespace(**{**NOTHING_PRETRAINED, **options})
+    options = from_flat(Options, {**NOTHING_PRETRAINED, **options})
     error = MemoryError()
-    remedy = failed.remedy(error, args)
+    remedy = failed.remedy(error, options)
     assert remedy.startswith("out of memory outside of a training step: lower --max-frames (now 16")
     failed.begin({"indices": torch.tensor([0])}, 0)
     failed.on_exception(trainer, None, error)
-    remedy = failed.remedy(error, args)
+    remedy = failed.remedy(error, options)
     assert remedy.startswith("out of memory at a batch of 1 utterance and ")
     assert remedy.endswith(f": lower --max-frames {remedies}")
-    assert failed.remedy(RuntimeError("of another kind"), args) is None
+    assert failed.remedy(RuntimeError("of another kind"), options) is None
 
 
 def test_a_full_disk_does_not_hide_the_error(corpus, tmp_path, caplog):
@@ -232,5 +234,5 @@ def test_a_full_disk_does_not_hide_the_error(corpus, tmp_path, caplog):
     failed.begin({"indices": torch.tensor([0])}, 0)
     failed.on_exception(trainer, None, MemoryError())
     assert "failed_batch_rank1.json could not be written (No such file" in caplog.text
-    args = Namespace(**NOTHING_PRETRAINED)
-    assert failed.remedy(MemoryError(), args).endswith("frames: lower --max-frames (now 1600)")
+    options = from_flat(Options, NOTHING_PRETRAINED)
+    assert failed.remedy(MemoryError(), options).endswith("frames: lower --max-frames (now 1600)")

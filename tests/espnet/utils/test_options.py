@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from espnet.utils.model_options import complete_model
-from espnet.utils.options import eval_parser, one_line, train_parser
+from espnet.option_tree import from_flat, to_flat
+from espnet.utils.options import Options, eval_parser, one_line, train_parser
+from espnet.utils.run_config import completed
 
 ROOT = Path(__file__).parents[3]
 AUTO_AVSR_TRAIN = [
@@ -19,6 +20,11 @@ AUTO_AVSR_TRAIN = [
 ]
 
 
+def resolved(*arguments):
+    """Options of a command line, completed, by name."""
+    return to_flat(completed(from_flat(Options, vars(train_parser().parse_args(arguments)))))
+
+
 def test_auto_avsrs_training_command_line():
     args = train_parser().parse_args(AUTO_AVSR_TRAIN)
     assert (args.num_nodes, args.gpus, args.slurm_job_id, args.debug) == (4, 8, 7.0, True)
@@ -27,8 +33,7 @@ def test_auto_avsrs_training_command_line():
 
 
 def test_auto_avsrs_defaults():
-    args = train_parser().parse_args([])
-    complete_model(args, "video")
+    options = resolved("--modality", "video")
     expected = {
         "exp_dir": "./exp",
         "val_file": "lrs3_test_transcript_lengths_seg16s.csv",
@@ -51,7 +56,7 @@ def test_auto_avsrs_defaults():
         "beam_size": 40,
         "ctc_decode_weight": 0.1,
     }
-    assert {name: getattr(args, name) for name in expected} == expected
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -66,12 +71,11 @@ def test_auto_avsrs_defaults():
     ],
 )
 def test_defaults_follow_the_decoder(arguments, expected):
-    args = train_parser().parse_args(arguments)
-    complete_model(args, "audio")
+    options = resolved("--modality", "audio", *arguments)
     *values, name = expected
-    found = (args.ctc_weight, args.ctc_decode_weight, args.label_smoothing, args.text_case)
-    assert (*found, args.freeze_decoder) == tuple(values)
-    assert name in (None, args.decoder_name)
+    names = ("ctc_weight", "ctc_decode_weight", "label_smoothing", "text_case", "freeze_decoder")
+    assert [options[name] for name in names] == values
+    assert name in (None, options["decoder_name"])
 
 
 def test_auto_avsrs_evaluation_command_line():
@@ -83,7 +87,7 @@ def test_auto_avsrs_evaluation_command_line():
     )
     assert args.decode_snr_target == [-5.0]
     args = eval_parser().parse_args(["--pretrained-model-path=asr.pth"])
-    assert args.decode_snr_target == [999999]
+    assert args.decode_snr_target == (999999,)
 
 
 @pytest.mark.parametrize("script", ["train.py", "eval.py"])

@@ -1,45 +1,42 @@
 import pytest
 import yaml
 
-from espnet.utils.options import eval_parser, train_parser
+from espnet.option_tree import from_flat
+from espnet.utils.options import Options, eval_parser, train_parser
 from espnet.utils.run_config import find_vocabulary, load_config, parse_eval_args, save_config
 
 
 def test_config_is_read_back_and_flags_override_it(tmp_path):
-    args = train_parser().parse_args(
-        [*["--modality", "audiovisual", "--adim", "32", "--aheads", "4", "--beam-size", "7"]]
-    )
-    args.gpus, args.accelerator, args.decode_snr_target = 8, "gpu", [5.0]
-    save_config(args, tmp_path / "config.yaml", {"torch": "2"})
+    given = ["--modality", "audiovisual", "--adim", "32", "--aheads", "4", "--beam-size", "7"]
+    given += ["--gpus", "8", "--accelerator", "gpu", "--decode-snr-target", "5"]
+    save_config(vars(train_parser().parse_args(given)), tmp_path / "config.yaml", {"torch": "2"})
     checkpoint = str(tmp_path / "model_avg_10.pth")
     assert load_config(checkpoint)["adim"] == 32
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["versions"] == {"torch": "2"}
     argv = ["--pretrained-model-path", checkpoint, "--beam-size", "9", "--modality", "audio"]
-    options, trained_for = parse_eval_args(eval_parser(), argv)
-    assert (options.adim, options.aheads, options.beam_size) == (32, 4, 9)
-    assert (options.modality, trained_for) == ("audio", "audiovisual")
+    options, modality = parse_eval_args(eval_parser(), argv)
+    model = options.model
+    assert (model.adim, model.aheads, options.search.beam_size) == (32, 4, 9)
+    assert (modality, model.encoders.modality) == ("audio", "audiovisual")
     # Hardware and noise levels of the training run are not this run's.
-    assert (options.gpus, options.accelerator, options.decode_snr_target) == (
-        None,
-        "auto",
-        [999999],
-    )
+    assert (options.hardware.gpus, options.hardware.accelerator) == (None, "auto")
+    assert options.scoring.decode_snr_target == (999999,)
 
 
 def test_vocabulary_is_found_or_asked_for(tmp_path, capsys):
     parser = train_parser()
-    args = parser.parse_args(["--root-dir", str(tmp_path)])
+    options = from_flat(Options, {"root_dir": str(tmp_path)})
     with pytest.raises(SystemExit):
-        find_vocabulary(args, parser)
+        find_vocabulary(options, parser)
     assert "give --sp-model-path, or train one with" in capsys.readouterr().err
     model = tmp_path / "spm" / "unigram.model"
     model.parent.mkdir()
     model.touch()
-    find_vocabulary(args, parser)
-    assert (args.sp_model_path, args.dict_path) == (str(model), None)
+    data = find_vocabulary(options, parser).data
+    assert (data.sp_model_path, data.dict_path) == (str(model), None)
     (tmp_path / "spm" / "unigram_units.txt").touch()
-    find_vocabulary(args, parser)
-    assert args.dict_path == str(tmp_path / "spm" / "unigram_units.txt")
+    data = find_vocabulary(options, parser).data
+    assert data.dict_path == str(tmp_path / "spm" / "unigram_units.txt")
 
 
 @pytest.mark.parametrize(
@@ -58,4 +55,5 @@ def test_silence_after_utterances_is_the_runs_unless_told_otherwise(tmp_path, ru
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"modality": "audio", **run}))
     argv = ["--pretrained-model-path", str(tmp_path / "model.pth"), *given]
     options, _ = parse_eval_args(eval_parser(), argv)
-    assert (options.whisper_margin, options.whisper_pad_30s) == expected
+    encoders = options.model.encoders
+    assert (encoders.whisper_margin, encoders.whisper_pad_30s) == expected

@@ -160,7 +160,7 @@ def test_targets_that_are_in_no_part_are_refused(tiny_checkpoints, targets, mess
     [
         ({"use_qlora": True, "use_lora": True}, "--use-qlora and --use-lora contradict"),
         ({"use_qlora": True, "qlora_parts": ("audio",)}, "--qlora-parts audio needs a pretrained"),
-        ({"use_lora": True, "lora_rank": 0}, "LoRA rank 0, .* a rank of at least 1"),
+        ({"use_lora": True, "lora_rank": 0}, "--lora-rank 0 is out of range: at least 1"),
     ],
 )
 def test_wrong_combinations_are_refused(tiny_checkpoints, options, message):

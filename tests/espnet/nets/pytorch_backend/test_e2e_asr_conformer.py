@@ -3,12 +3,13 @@ import math
 import pytest
 import torch
 
-from espnet.nets.encoders import EncoderOptions
+from espnet.nets.model_options import ModelOptions
 from espnet.nets.pytorch_backend.e2e_asr_conformer import (
     E2E,
     build_audio_frontend,
     build_video_frontend,
 )
+from espnet.option_tree import from_flat
 
 ODIM = 13
 SIZES = {
@@ -26,7 +27,7 @@ SIZES = {
 
 def make(modality="audiovisual", *, seed=0, **options):
     torch.manual_seed(seed)
-    return E2E(ODIM, modality, **{**SIZES, **options})
+    return E2E.from_keywords(ODIM, modality, **{**SIZES, **options})
 
 
 def batch(frames, streams=("video", "audio"), seed=1):
@@ -182,11 +183,19 @@ def test_gradients_reach_every_parameter():
 @pytest.mark.parametrize(
     ("modality", "options", "message"),
     [
-        ("sound", {}, "modality 'sound' is unknown: choose one of audio, video, audiovisual"),
-        ("audio", {"ctc_weight": 1.5}, "CTC weight 1.5 is out of range"),
-        ("audio", {"modality_dropout": (0.1, 0.1)}, "only an audiovisual model has a stream"),
-        ("audiovisual", {"modality_dropout": (0.6, 0.6)}, "sum is at most 1"),
-        ("audiovisual", {"modality_dropout": (-0.1, 0.6)}, "two probabilities"),
+        ("sound", {}, "--modality sound is unknown: choose one of audio, video, audiovisual"),
+        ("audio", {"ctc_weight": 1.5}, "--ctc-weight 1.5 is out of range"),
+        (
+            "audio",
+            {"modality_dropout": (0.1, 0.1)},
+            "needs a model of video and audio, not",
+        ),
+        ("audiovisual", {"modality_dropout": (0.6, 0.6)}, "the sum must be at most 1"),
+        (
+            "audiovisual",
+            {"modality_dropout": (-0.1, 0.6)},
+            "--modality-dropout -0.1 is out of",
+        ),
     ],
 )
 def test_bad_arguments(modality, options, message):
@@ -203,7 +212,7 @@ def test_a_missing_stream_needs_modality_dropout():
 
 
 def test_unknown_frontends():
-    options = EncoderOptions(vision_encoder="vgg", audio_encoder="mfcc")
+    options = from_flat(ModelOptions, {"vision_encoder": "vgg", "audio_encoder": "mfcc"})
     with pytest.raises(ValueError, match="'vgg' is unknown: choose resnet, vit, clip"):
         build_video_frontend(options)
     with pytest.raises(

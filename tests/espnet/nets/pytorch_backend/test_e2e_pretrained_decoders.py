@@ -7,7 +7,8 @@ from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneratio
 from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
 from espnet.nets import batch_beam_search
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
-from lightning import build_beam_search
+from espnet.nets.search import build_beam_search
+from espnet.nets.search_options import SearchOptions
 
 WIDTH = 64  # of the tiny checkpoints
 FRAMES = [7, 5]
@@ -55,7 +56,7 @@ def make(tiny_checkpoints, transforms):
             if options.get(word) in ("vit", "clip", "whisper", "wavlm", "llama"):
                 options[f"{word}_name"] = str(tiny_checkpoints / options[word])
         torch.manual_seed(0)
-        return E2E(
+        return E2E.from_keywords(
             vocabulary.odim,
             modality,
             sos=vocabulary.sos,
@@ -117,13 +118,9 @@ def test_there_is_a_ctc_layer_where_ctc_has_a_share(make, transforms):
     loss, loss_ctc, loss_att, _ = model(*batch(transforms["llama"]))
     assert loss_ctc == 0
     assert loss == loss_att
-    with pytest.raises(ValueError, match="CTC weight 0.3 in the search, but the model has no CTC"):
+    with pytest.raises(ValueError, match="--ctc-decode-weight 0.3, but a model of --ctc-weight 0"):
         build_beam_search(
-            model,
-            transforms["llama"].token_list,
-            beam_size=2,
-            ctc_weight=0.3,
-            length_bonus=0.0,
+            model, SearchOptions(ctc_decode_weight=0.3), transforms["llama"].token_list
         )
     assert make("llama", ctc_weight=0.2).ctc is not None
 
@@ -148,9 +145,8 @@ def test_the_search_writes_text_and_nothing_else(make, transforms, decoder):
     model = make(decoder, ctc_weight=0.3).eval()
     transform = transforms[decoder]
     x, lengths, _ = batch(transform)
-    search = build_beam_search(
-        model, transform.token_list, beam_size=3, ctc_weight=0.3, length_bonus=0.0, max_tokens=4
-    )
+    options = SearchOptions(beam_size=3, ctc_decode_weight=0.3, max_dec_tokens=4)
+    search = build_beam_search(model, options, transform.token_list)
     for hypotheses in search(*model.encode(x, lengths)):
         tokens = hypotheses[0].yseq[1:].tolist()
         assert len([token for token in tokens if token != model.eos]) <= 4
@@ -171,9 +167,7 @@ def test_finished_utterances_may_be_searched_on_for_some_steps(
     found = []
     for interval in (1, 5):
         monkeypatch.setitem(batch_beam_search.STOP_TEST_INTERVAL, "cpu", interval)
-        search = build_beam_search(
-            model, transform.token_list, beam_size=3, ctc_weight=0.0, length_bonus=0.0
-        )
+        search = build_beam_search(model, SearchOptions(beam_size=3), transform.token_list)
         found.append([hypotheses[0] for hypotheses in search(memory, frames)])
     for one, two in zip(*found, strict=True):
         assert torch.equal(one.yseq, two.yseq)
@@ -183,7 +177,7 @@ def test_finished_utterances_may_be_searched_on_for_some_steps(
 def test_a_vocabulary_of_another_size_is_refused(tiny_checkpoints):
     options = {**SIZES, "decoder": "whisper", "decoder_name": str(tiny_checkpoints / "whisper")}
     with pytest.raises(ValueError, match="the vocabulary has 300 ids, but --decoder-name .* needs"):
-        E2E(300, "audio", sos=5, eos=2, prompt=(4,), **options)
+        E2E.from_keywords(300, "audio", sos=5, eos=2, prompt=(4,), **options)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +190,12 @@ def test_a_vocabulary_of_another_size_is_refused(tiny_checkpoints):
         ({"decoder": "whisper", "decoder_name": "LLAMA"}, "is a checkpoint of llama, one of whis"),
         (
             {"decoder": "whisper", "whisper_gated_video": True},
-            "--whisper-gated-video needs --decoder whisper and a model of video and audio, got whi",
+            "--whisper-gated-video needs a model of video and audio, got one of audio alone",
         ),
-        ({"decoder": "llama", "llama_conditioning": "both"}, "--llama-conditioning both: choose"),
+        (
+            {"decoder": "llama", "llama_conditioning": "both"},
+            "--llama-conditioning both is unknown",
+        ),
         (
             {"decoder": "llama", "freeze_decoder": False, "decoder_dtype": "bfloat16"},
             "--decoder-dtype bfloat16 needs a frozen decoder",
@@ -210,7 +207,7 @@ def test_wrong_combinations(tiny_checkpoints, options, message):
     if name.isupper():
         options = {**options, "decoder_name": str(tiny_checkpoints / name.lower())}
     with pytest.raises(ValueError, match=message):
-        E2E(30, "audio", **SIZES, **options)
+        E2E.from_keywords(30, "audio", **SIZES, **options)
 
 
 VARIANTS = [
@@ -268,9 +265,8 @@ def test_whisper_at_the_start_teacher_forced(
 def test_whisper_at_the_start_greedily(make, whisper, utterance, transforms, modality, options):
     model = make("whisper", modality, **WHISPER_ALONE, **options).eval()
     transform = transforms["whisper"]
-    search = build_beam_search(
-        model, transform.token_list, beam_size=1, ctc_weight=0.0, length_bonus=0.0, max_tokens=9
-    )
+    options = SearchOptions(beam_size=1, max_dec_tokens=9, stop_repeats=False)
+    search = build_beam_search(model, options, transform.token_list)
     ((hypothesis, *_),) = search(*encode(model, utterance))
     ours = [token - 1 for token in hypothesis.yseq[1:].tolist() if token != model.eos]
     config = whisper.generation_config

@@ -43,7 +43,7 @@ def make(tiny_checkpoints):
                 options[f"{word}_encoder_name"] = str(tiny_checkpoints / name)
         modality = "audiovisual" if vision and audio else "video" if vision else "audio"
         torch.manual_seed(0)
-        return E2E(ODIM, modality, **{**SIZES, **options})
+        return E2E.from_keywords(ODIM, modality, **{**SIZES, **options})
 
     return model
 
