@@ -186,7 +186,7 @@ def generate_inputs(
         }
     if decoder.memory_prefix is None:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    lengths = torch.tensor([memory.size(1)], device=memory.device)
+    lengths = torch.tensor([memory.size(1)])
     prefix, _ = decoder.memory_prefix(memory, lengths)
     embedded = model.get_input_embeddings()(tokens)
     parts = [embedded[:, :1], prefix.to(embedded.dtype), embedded[:, 1:]]

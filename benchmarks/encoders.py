@@ -72,7 +72,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     encoder = load_encoder("whisper", folder, device, margin=margin)
     padded = load_encoder("whisper", folder, device, margin=float(WHISPER_SECONDS))
     x = 0.1 * noise(work.utterances, SHORT_SECONDS * SAMPLE_RATE, 1, device=device)
-    lengths = torch.full((work.utterances,), x.size(1), device=device)
+    lengths = torch.full((work.utterances,), x.size(1))
     timings = time_in_turns(
         [lambda: encoder(x, lengths)[0], lambda: padded(x, lengths)[0]], device, work.repeats
     )
@@ -105,7 +105,7 @@ def time_small_images(folder: str, work: Work, device: torch.device) -> Row:
     small = load_encoder("vit", folder, device)
     large = load_encoder("vit", folder, device, image_size=IMAGE_SIZE)
     x = noise(1, work.images, 1, CROP, CROP, device=device)
-    lengths = torch.full((1,), work.images, device=device)
+    lengths = torch.full((1,), work.images)
     timings = time_in_turns(
         [lambda: small(x, lengths)[0], lambda: large(x, lengths)[0]], device, work.repeats
     )
@@ -123,11 +123,11 @@ def time_ragged_batch(name: str, folder: str, work: Work, device: torch.device) 
     """Times an encoder on a ragged batch against as many real frames without padding."""
     encoder = load_encoder(name, folder, device)
     utterances = ragged_utterances(name, work, device)
-    lengths = torch.tensor([len(utterance) for utterance in utterances], device=device)
+    lengths = torch.tensor([len(utterance) for utterance in utterances])
     ragged = pad_sequence(utterances, batch_first=True)
     pieces = 1 if name in VISION_ENCODERS else len(utterances)
     unpadded = torch.cat(utterances).unflatten(0, (pieces, -1))
-    unpadded_lengths = torch.full((pieces,), unpadded.size(1), device=device)
+    unpadded_lengths = torch.full((pieces,), unpadded.size(1))
     timings = time_in_turns(
         [lambda: encoder(ragged, lengths), lambda: encoder(unpadded, unpadded_lengths)[0]],
         device,

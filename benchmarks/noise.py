@@ -57,12 +57,13 @@ def make_batch(
     """Pads streams of utterances to a batch, as the data module does.
 
     Returns:
-        What `E2E.forward` takes: streams, their lengths, and targets padded with -1.
+        What `E2E.forward` takes: streams on the device, and on the host their lengths and targets
+        padded with -1.
     """
     clips = {name: [getattr(one, name) for one in utterances] for name in streams}
     targets = [one.target for one in utterances]
     return (
         {name: pad_sequence(x, batch_first=True).to(device) for name, x in clips.items()},
-        {name: torch.tensor([len(one) for one in x]).to(device) for name, x in clips.items()},
-        pad_sequence(targets, batch_first=True, padding_value=-1).to(device),
+        {name: torch.tensor([len(one) for one in x]) for name, x in clips.items()},
+        pad_sequence(targets, batch_first=True, padding_value=-1),
     )

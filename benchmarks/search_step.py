@@ -139,7 +139,7 @@ class SearchBenchmark:
 
     def search_batch(self, memories: list[Tensor], tokens: int) -> list[list[Hypothesis]]:
         """The same of several utterances at once."""
-        lengths = torch.tensor([len(memory) for memory in memories], device=self.device)
+        lengths = torch.tensor([len(memory) for memory in memories])
         padded = pad_sequence(memories, batch_first=True)
         return self.beam_search(padded, lengths, maxlenratio=-tokens, minlenratio=-tokens)
 
@@ -191,7 +191,7 @@ class SearchBenchmark:
 
         Each step scores the candidates, then takes the recursion for what is kept.
         """
-        memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
+        memory, lengths = self.memory(frames)[None], torch.tensor([frames])
         state = self.ctc_scorer.init(memory, lengths, self.beam_size)
         rows = torch.arange(self.beam_size, device=self.device)
         candidates = self.beam_search.pre_beam_size
@@ -211,7 +211,7 @@ class SearchBenchmark:
 
     def decoder_step(self, frames: int) -> Callable[[], Tensor]:
         """A cached step of the decoder alone, (K, V), in the middle of the timed ones."""
-        memory, lengths = self.memory(frames)[None], torch.tensor([frames], device=self.device)
+        memory, lengths = self.memory(frames)[None], torch.tensor([frames])
         state = self.decoder.init(memory, lengths, self.beam_size)
         tokens = torch.randint(1, self.eos, (self.beam_size,), device=self.device)
         for _ in range(MIDDLE - 1):
