@@ -1,6 +1,6 @@
 """Measures a training step on a ragged batch beside the same utterances without padding.
 
-`python benchmarks/train_step.py`, in the repository's root, prints a table; two minutes on two
+`python benchmarks/train_step.py`, in the repository's root, prints a table; some minutes on two
 CPU cores. The model is the audio-visual one of auto_avsr's sizes, with random weights, in training
 mode; on a CPU it has 4 of the 12 Conformer blocks. A step is the loss and its gradients, without
 the optimiser. The 8 utterances have 40 to 160 frames; of the padded batch, 37.5 % is padding.
