@@ -14,6 +14,8 @@ from torch import Tensor
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
+from espnet.nets.pytorch_backend.encoded import Encoded, join_video
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.search import build_beam_search
@@ -94,6 +96,13 @@ class ModelModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """Moves the streams; shapes depend on the rest, which is read on the host."""
+        streams = {name: batch[name] for name in ("videos", "audios") if name in batch}
+        return batch | super().transfer_batch_to_device(streams, device, dataloader_idx)
+
     def on_train_start(self) -> None:
         """Takes up the sums of an epoch that was cut short."""
         if self._training_sums is not None:
@@ -116,23 +125,23 @@ class ModelModule(pl.LightningModule):
         """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
-        sizes = torch.tensor([float(size), float(size == 0), *self.wishes], device=self.device)
-        sizes = self.trainer.strategy.reduce(sizes, reduce_op="sum")
-        everywhere, empty, *self.agreed = sizes.tolist()
+        sizes = [float(size), float(size == 0), *self.wishes]
+        if self.trainer.world_size > 1:
+            sizes = send(torch.tensor(sizes), self.device)
+            sizes = self.trainer.strategy.reduce(sizes, reduce_op="sum").tolist()
+        everywhere, empty, *self.agreed = sizes
         self._count("skipped_utterances", size if empty else 0)
         if empty:  # Some process has bad clips only: none can compute batch statistics with it.
             return sum(parameter.sum() * 0.0 for parameter in trainable_parameters(self.model))
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        loss, loss_ctc, loss_att, accuracy = self.model.losses(
-            memory, memory_lengths, batch["targets"]
-        )
+        streams, lengths = model_inputs(batch)
+        loss, loss_ctc, loss_att, accuracy = self.model(streams, lengths, batch["targets"])
         if self.model.ctc is not None:
-            too_short = memory_lengths < ctc_frames_needed(batch["targets"])
-            self._count("short_utterances", too_short.sum())
+            frames = self.model.output_lengths(lengths)
+            too_short = frames < ctc_frames_needed(batch["targets"])
+            self._count("short_utterances", int(too_short.sum()))
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
-        if loss.isfinite():
-            values = torch.stack([loss, loss_ctc, loss_att, accuracy, torch.ones_like(loss)])
-            self._training_sums[: len(values)] += values.detach() * size
+        values = torch.stack([loss, loss_ctc, loss_att, accuracy, torch.ones_like(loss)]).detach()
+        self._training_sums[: len(values)] += (values * size).where(loss.isfinite(), 0.0)
         self._utterances += everywhere
         # Processes and accumulated batches are averaged after this; `configure_gradient_clipping`
         # divides by the utterances of the whole step, once they are known.
@@ -205,28 +214,26 @@ class ModelModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begins new sums."""
-        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 3, device=self.device)
+        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 4, device=self.device)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         """Adds a batch to losses, accuracy and the word errors of greedy CTC."""
         targets = batch["targets"]
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        values = self.model.losses(memory, memory_lengths, targets)
-        if not values[0].isfinite():
-            logger.warning("the loss of a validation batch is not finite: it is left out")
-            return
-        errors, spoken = self._greedy_errors(memory, memory_lengths, targets)
-        sums = [*(value * len(targets) for value in values), len(targets), errors, spoken]
-        self._validation_sums += torch.tensor(sums, device=self.device)
+        encoded = self.model.encode(*model_inputs(batch))
+        values = torch.stack(self.model.losses(encoded, targets))
+        words = self._greedy_errors(encoded, targets)
+        sizes = send(torch.tensor([float(len(targets)), *words]), self.device)
+        finite = values[0].isfinite()
+        self._validation_sums[:-1] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
+        self._validation_sums[-1] += ~finite
 
-    def _greedy_errors(
-        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
-    ) -> tuple[int, int]:
+    def _greedy_errors(self, encoded: Encoded, targets: Tensor) -> tuple[int, int]:
         """Word errors of greedy CTC, and words; none without a CTC layer."""
         if self.model.ctc is None:
             return 0, 0
         texts = [self.text_transform.post_process(row) for row in targets]
-        found = self.model.ctc.greedy(memory, memory_lengths)
+        memory = join_video(encoded.memory, encoded.video)
+        found = self.model.ctc.greedy(memory, encoded.lengths)
         words = jiwer.process_words(texts, list(map(self.text_transform.post_process, found)))
         errors = words.substitutions + words.deletions + words.insertions
         return errors, words.substitutions + words.deletions + words.hits
@@ -234,7 +241,9 @@ class ModelModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs means over all utterances of all processes."""
         sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
-        *means, utterances, errors, words = sums.tolist()
+        *means, utterances, errors, words, left_out = sums.tolist()
+        if left_out:
+            logger.warning("%d validation batches have no finite loss: they are left out", left_out)
         for name, value in zip(VALIDATION_SUMS, means, strict=True):
             self.log(name, value / max(utterances, 1.0))
         if self.model.ctc is not None:
@@ -255,8 +264,7 @@ class ModelModule(pl.LightningModule):
             One result an utterance.
         """
         start = time.perf_counter()
-        memory, memory_lengths = self.model.encode(*model_inputs(batch))
-        nbest = self.beam_search(memory, memory_lengths)
+        nbest = self.beam_search(*self.model.encode(*model_inputs(batch)))
         seconds = (time.perf_counter() - start) / len(nbest)
         results = []
         for index, hypotheses in zip(batch["indices"].tolist(), nbest, strict=True):

@@ -92,8 +92,8 @@ def run(options: Options, watch: Stopwatch) -> None:
         check_positions,
     )
     from espnet.utils.checkpoint import load_model, transfer_weights
-    from espnet.utils.checkpoint_io import remove_unfinished, whole_file
-    from espnet.utils.interruption import ending_together
+    from espnet.utils.recovery.checkpoint_io import remove_unfinished, whole_file
+    from espnet.utils.recovery.interruption import ending_together
     from espnet.utils.trainer import package_versions, parameter_count, set_up_logging
     from lightning import ModelModule
 
@@ -165,8 +165,8 @@ def fit(
     """
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from espnet.utils.failed_batch import FailedBatch
-    from espnet.utils.interruption import Interrupted, Interruption, exit_interrupted
+    from espnet.utils.recovery.failed_batch import FailedBatch
+    from espnet.utils.recovery.interruption import Interrupted, Interruption, exit_interrupted
 
     of_type = {type(callback): callback for callback in trainer.callbacks}
     interruption = of_type.get(Interruption)
@@ -224,7 +224,7 @@ def make_trainer(options: Options, model: "E2E", run_dir: Path) -> "pl.Trainer":
     """
     from pytorch_lightning.callbacks import LearningRateMonitor
 
-    from espnet.utils.checkpoint_io import WholeFileCheckpointIO
+    from espnet.utils.recovery.checkpoint_io import WholeFileCheckpointIO
     from espnet.utils.trainer import build_logger, build_trainer
 
     callbacks = make_callbacks(options, run_dir)
@@ -261,10 +261,10 @@ def make_callbacks(options: Options, run_dir: Path) -> list["pl.Callback"]:
     """
     from pytorch_lightning.callbacks import ModelCheckpoint
 
-    from espnet.utils.callbacks import MetricsTable, ProgressLines
-    from espnet.utils.failed_batch import FailedBatch
-    from espnet.utils.interruption import Interruption
-    from espnet.utils.probe import ProbeBatch
+    from espnet.utils.recovery.callbacks import MetricsTable, ProgressLines
+    from espnet.utils.recovery.failed_batch import FailedBatch
+    from espnet.utils.recovery.interruption import Interruption
+    from espnet.utils.recovery.probe import ProbeBatch
 
     failed = FailedBatch(None if options.run.fast_dev_run else run_dir)
     callbacks = [failed]
@@ -303,7 +303,7 @@ def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> lis
         The other files of the run.
     """
     from espnet.utils.checkpoint import average_checkpoints
-    from espnet.utils.checkpoint_io import save_whole
+    from espnet.utils.recovery.checkpoint_io import save_whole
     from espnet.utils.report import plot_learning_curve
 
     curve = run_dir / "learning_curve.png"
@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
             raise
         parser.error(one_line(error))
     except (RuntimeError, MemoryError) as error:  # What fails in steps has been dealt with by now.
-        from espnet.utils.failed_batch import is_out_of_memory
+        from espnet.utils.recovery.failed_batch import is_out_of_memory
 
         if options.hardware.debug or not is_out_of_memory(error):
             raise

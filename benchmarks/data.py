@@ -41,10 +41,11 @@ from benchmarks.common import CPU, Row, print_report, run_apart, time_in_turns
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.demo_corpus import make_demo_corpus
-from datamodule.loaders import STREAMS, ClipLoader, collate_pad
+from datamodule.loaders import ClipLoader, collate_pad
 from datamodule.media import find_audio
 from datamodule.samplers import Batch
 from datamodule.text_transform import TextTransform
+from espnet.formats import STREAMS
 
 DECODING_TARGET = 1.5
 FIRST_BATCH_S = 5

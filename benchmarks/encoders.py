@@ -29,10 +29,10 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.checkpoints import ENCODER_CLASSES, IMAGE_SIZE, TITLES, encoder_checkpoint
 from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
 from benchmarks.noise import CROP, noise
+from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import VISION_ENCODERS, WHISPER_SECONDS
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE, SAMPLES_PER_FRAME
 
 SHORT_SECONDS = 4
 RAGGED_FRAMES = (100, 92, 80, 68, 60, 48, 36, 28)  # of 1/25 s: 1.1 to 4 s, 20.5 s in all
@@ -71,7 +71,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     margin = DECODERS["whisper"].margin
     encoder = load_encoder("whisper", folder, device, margin=margin)
     padded = load_encoder("whisper", folder, device, margin=float(WHISPER_SECONDS))
-    x = 0.1 * noise(work.utterances, SHORT_SECONDS * SAMPLE_RATE, 1, device=device)
+    x = 0.1 * noise(work.utterances, SHORT_SECONDS * AUDIO_RATE, 1, device=device)
     lengths = torch.full((work.utterances,), x.size(1))
     timings = time_in_turns(
         [lambda: encoder(x, lengths)[0], lambda: padded(x, lengths)[0]], device, work.repeats
@@ -79,7 +79,7 @@ def time_short_utterances(folder: str, work: Work, device: torch.device) -> Row:
     short, long = (timing.result for timing in timings)
     # What transformers gives for the first utterance, from the samples on.
     wave = x[0, :, 0].cpu().numpy()
-    mel = WhisperFeatureExtractor()(wave, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+    mel = WhisperFeatureExtractor()(wave, sampling_rate=AUDIO_RATE, return_tensors="pt")
     model = WhisperModel.from_pretrained(folder).to(device).eval()
     expected = model.encoder(mel.input_features.to(device)).last_hidden_state[:, : long.size(1)]
     change = torch.linalg.vector_norm(short - long[:, : short.size(1)])
@@ -138,7 +138,7 @@ def time_ragged_batch(name: str, folder: str, work: Work, device: torch.device) 
     for row, utterance in enumerate(utterances):
         alone, _ = encoder(utterance[None], lengths[row : row + 1])
         differences.append(_largest(features[row, : feature_lengths[row]] - alone[0]))
-    seconds = sum(RAGGED_FRAMES) * SAMPLES_PER_FRAME / SAMPLE_RATE
+    seconds = sum(RAGGED_FRAMES) * SAMPLES_PER_FRAME / AUDIO_RATE
     number = f"{int(lengths.sum())} frames" if name in VISION_ENCODERS else f"{seconds:.1f} s"
     return Row(
         f"{TITLES[name]}, {len(utterances)} utterances, {number} in all (reference: the same "

@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import CPU
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME
+from espnet.formats import IGNORE_ID, SAMPLES_PER_FRAME, STREAMS
 
 CROP = 88  # pixels
-FRAMES_PER_SECOND = 25
 
 
 def noise(*shape: int, device: torch.device = CPU, seed: int = 0) -> Tensor:
@@ -52,7 +51,7 @@ def make_utterances(
 def make_batch(
     utterances: Sequence[Utterance],
     device: torch.device,
-    streams: Sequence[str] = ("video", "audio"),
+    streams: Sequence[str] = STREAMS,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Pads streams of utterances to a batch, as the data module does.
 
@@ -65,5 +64,5 @@ def make_batch(
     return (
         {name: pad_sequence(x, batch_first=True).to(device) for name, x in clips.items()},
         {name: torch.tensor([len(one) for one in x]) for name, x in clips.items()},
-        pad_sequence(targets, batch_first=True, padding_value=-1),
+        pad_sequence(targets, batch_first=True, padding_value=IGNORE_ID),
     )

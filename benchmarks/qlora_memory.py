@@ -43,7 +43,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import checkpoints, common, memory
 from benchmarks.checkpoints import ENCODER_CLASSES, TITLES
-from benchmarks.noise import FRAMES_PER_SECOND, make_batch, make_utterances
+from benchmarks.noise import make_batch, make_utterances
+from espnet.formats import MODALITIES, VIDEO_RATE
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
@@ -382,10 +383,10 @@ def batch_of(
     options: dict[str, Any], frames: tuple[int, ...], device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Makes a batch of the streams and the vocabulary that a model with these options has."""
-    tokens = [number * TOKEN_RATE // FRAMES_PER_SECOND for number in frames]
+    tokens = [number * TOKEN_RATE // VIDEO_RATE for number in frames]
     # Special tokens follow the others.
     utterances = make_utterances(frames, tokens, vocabulary=options["eos"] - 1)
-    streams = ("video", "audio") if options["modality"] == "audiovisual" else ("audio",)
+    streams = MODALITIES[options["modality"]]
     return make_batch(utterances, device, streams)
 
 
@@ -458,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
         frames = FRAMES[options.device]
         print(
             f"{len(frames)} utterances, {sum(frames)} video frames, "
-            f"{sum(frames) / FRAMES_PER_SECOND:g} s of audio; without padding; no Conformer unless "
+            f"{sum(frames) / VIDEO_RATE:g} s of audio; without padding; no Conformer unless "
             f"it is named; {STEPS} steps\n"
         )
         common.print_table(HEAD_OF_STEPS, measure_steps(device, options.llama))

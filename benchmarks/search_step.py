@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.common import Row, time_in_turns
 from benchmarks.memory import peak_of
-from benchmarks.noise import FRAMES_PER_SECOND, noise
+from benchmarks.noise import noise
+from espnet.formats import VIDEO_RATE
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.hypothesis import Hypothesis
 from espnet.nets.pytorch_backend.ctc import CTC
@@ -290,7 +291,7 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> Row:
     repeats = 3 * work.batch_repeats
     timings = time_in_turns(products, benchmark.device, repeats)
     at_once, bare = (timing.milliseconds for timing in timings)
-    shortest, longest = (edge(work.batch_frames) / FRAMES_PER_SECOND for edge in (min, max))
+    shortest, longest = (edge(work.batch_frames) / VIDEO_RATE for edge in (min, max))
     return Row(
         f"{count} utterances of {shortest:.1f} to {longest:.1f} s at once, {tokens} tokens each, "
         "an utterance (reference: one by one)",

@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
 from benchmarks.noise import CROP, Utterance, make_batch, make_utterances
+from espnet.formats import STREAMS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 
 TARGET = 1.15
@@ -97,7 +98,7 @@ def equal_utterances(utterances: Sequence[Utterance]) -> list[Utterance]:
     number = len(utterances)
     videos, audios = (
         torch.cat([getattr(one, stream) for one in utterances]).unflatten(0, (number, -1))
-        for stream in ("video", "audio")
+        for stream in STREAMS
     )
     targets = torch.cat([one.target for one in utterances]).tensor_split(number)
     return [Utterance(*parts) for parts in zip(videos, audios, targets, strict=True)]

@@ -26,10 +26,10 @@ from benchmarks.common import markdown_line
 from datamodule.media import read_audio
 from datamodule.noise import FileNoise, add_noise
 from datamodule.pretrained_text_transform import PretrainedTextTransform, whisper_text_transform
+from espnet.formats import CLEAN_SNR
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
-from espnet.utils.recipes import CLEAN_SNR
 from espnet.utils.text_normalization import normalizer
 
 MARGINS = (0.0, 1.0, 2.0, 3.0, 5.0, 30.0)

@@ -13,16 +13,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from datamodule.label_list import LabelList
-from datamodule.media import (
-    AUDIO_RATE,
-    SAMPLES_PER_FRAME,
-    VIDEO_RATE,
-    MediaError,
-    find_audio,
-    read_audio,
-    read_video,
-)
+from datamodule.media import MediaError, find_audio, read_audio, read_video
 from datamodule.transforms import AudioTransform, VideoTransform
+from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE
 
 log = logging.getLogger(__name__)
 

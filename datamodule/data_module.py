@@ -6,19 +6,18 @@ import logging
 import os
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
-import torch
 
 from datamodule.av_dataset import AVDataset, Vocabulary
 from datamodule.label_list import LabelList
-from datamodule.loaders import STREAMS, ClipLoader, ResumableLoader
-from datamodule.media import VIDEO_RATE, MediaError, find_audio, wav_beside
+from datamodule.loaders import ClipLoader, ResumableLoader
+from datamodule.media import MediaError, find_audio, wav_beside
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
-from datamodule.transforms import CLEAN_SNR, AudioTransform, VideoTransform, needs_noise
+from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
+from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +147,6 @@ class DataModule(pl.LightningDataModule):
         datasets = [self.train_dataset, self.val_dataset, *self.test_datasets.values()]
         longest = [int(dataset.labels.num_frames.max()) for dataset in datasets if dataset]
         return min(max(longest, default=0), self.longest_clip)
-
-    def transfer_batch_to_device(
-        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
-    ) -> dict[str, Any]:
-        """Move a batch but for `indices`, which name its utterances even if the device fails."""
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, "indices": batch["indices"]}
 
     def train_dataloader(self) -> ResumableLoader:
         """Make the loader of training batches, which are re-drawn every epoch."""

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datamodule.media import VIDEO_RATE
+from espnet.formats import VIDEO_RATE
 
 NUM_FRAMES = 12
 NUM_SPEAKERS = 4

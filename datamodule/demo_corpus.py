@@ -17,8 +17,9 @@ from tqdm import tqdm
 from datamodule.demo_plan import GRAMMAR, SPLITS, Speaker, draw_speakers
 from datamodule.demo_speaker import make_clips
 from datamodule.demo_speech import SPEECH_LEVEL, require_espeak
-from datamodule.media import AUDIO_RATE, write_audio
+from datamodule.media import write_audio
 from datamodule.train_tokenizer import UNKNOWN_PIECE, train_tokenizer
+from espnet.formats import AUDIO_RATE
 
 DATASET = "demo"
 VERSION = 1  # to be raised when the same parameters give other clips

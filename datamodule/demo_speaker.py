@@ -23,7 +23,8 @@ from datamodule.demo_mouth import Face, draw_face, render
 from datamodule.demo_plan import Speaker, spoken_text
 from datamodule.demo_speech import Phoneme, Synthesizer, Voice
 from datamodule.demo_visemes import shape_track
-from datamodule.media import AUDIO_RATE, SAMPLES_PER_FRAME, write_audio, write_video
+from datamodule.media import write_audio, write_video
+from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME
 
 PAUSES_S = (0.05, 0.1)  # silence before and after a sentence
 RATE_SPREAD = 0.05  # of the speaker's rate, from sentence to sentence

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import av
 import numpy as np
 
-from datamodule.media import AUDIO_RATE
+from espnet.formats import AUDIO_RATE
 
 LOADER_PACKAGE = "espeakng_loader"
 MISSING_LOADER = (

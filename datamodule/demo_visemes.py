@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from datamodule.demo_speech import Phoneme
-from datamodule.media import VIDEO_RATE
+from espnet.formats import VIDEO_RATE
 
 # How hard the video is to read. Larger values make it harder.
 TIMING_JITTER_S = 0.015  # spread of a phoneme's shift against the sound, seconds

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-IGNORE_ID = -1
-STREAMS = ("video", "audio")
+from espnet.formats import IGNORE_ID, STREAMS
+
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what ends a run; the second is SLURM's
 
 Item = dict[str, Any]

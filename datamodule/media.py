@@ -11,12 +11,11 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, VideoReformatter
 
+from espnet.formats import AUDIO_RATE, VIDEO_RATE
+
 if TYPE_CHECKING:
     import torch
 
-VIDEO_RATE = 25  # frames per second
-AUDIO_RATE = 16000  # samples per second
-SAMPLES_PER_FRAME = AUDIO_RATE // VIDEO_RATE
 
 # Formats whose first plane is 8-bit luma, and matrices whose luma is ITU-R 601's sum of red, green
 # and blue (2: not stated, taken as 601). With both, the grey picture is the luma plane itself.

@@ -52,7 +52,7 @@ class FileNoise:
         exclude: str | None = None,  # noqa: ARG002 (noise files hold no utterance)
     ) -> torch.Tensor:
         """Draw a stretch, float32 (num_samples,), of a noise, begun anew where it ends."""
-        noise = self._noises[_draw_int(len(self._noises), generator)]
+        noise = self._noises[draw_int(len(self._noises), generator)]
         return _draw_stretch(noise, num_samples, generator)
 
 
@@ -167,8 +167,9 @@ def _add_stretch(
 def _draw_start(noise: torch.Tensor, num_samples: int, generator: torch.Generator | None) -> int:
     """Draw where a stretch begins: where all of it fits in, if the noise is long enough."""
     spare = len(noise) - num_samples
-    return _draw_int(spare + 1 if spare >= 0 else len(noise), generator)
+    return draw_int(spare + 1 if spare >= 0 else len(noise), generator)
 
 
-def _draw_int(limit: int, generator: torch.Generator | None) -> int:
+def draw_int(limit: int, generator: torch.Generator | None) -> int:
+    """Draw a whole number from 0 to below a limit."""
     return int(torch.randint(limit, (), generator=generator))

@@ -6,15 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datamodule.media import AUDIO_RATE, VIDEO_RATE
-from datamodule.noise import NoiseSource, add_noise
+from datamodule.noise import NoiseSource, add_noise, draw_int
+from espnet.formats import AUDIO_RATE, CLEAN_SNR, VIDEO_MEAN, VIDEO_RATE, VIDEO_STD
 
-VIDEO_MEAN = 0.421
 MAX_SHIFT = 4  # pixels; a small crop that were drawn anywhere would often miss the mouth
-VIDEO_STD = 0.165
 MASK_SECONDS = 0.4  # longest time mask in each second
 TRAINING_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None: clean
-CLEAN_SNR = 999999  # dB; from here on an SNR means clean
 LAYER_NORM_EPS = 1e-8
 
 SUBSETS = ("train", "val", "test")
@@ -75,7 +72,7 @@ class VideoTransform:
 def _shift(centre: int, largest: int, generator: torch.Generator | None) -> int:
     """Draw where the crop begins, up to MAX_SHIFT from the centre and within 0 and largest."""
     lowest, highest = max(0, centre - MAX_SHIFT), min(largest, centre + MAX_SHIFT)
-    return lowest + _draw_int(highest - lowest, generator)
+    return lowest + draw_int(highest - lowest + 1, generator)
 
 
 class AudioTransform:
@@ -131,7 +128,7 @@ class AudioTransform:
         if self.training:
             masked = draw_time_mask(len(samples), rate=AUDIO_RATE, generator=generator)
             samples = samples.masked_fill(masked, 0.0)
-        snr = self.snrs[_draw_int(len(self.snrs) - 1, generator)]
+        snr = self.snrs[draw_int(len(self.snrs), generator)]
         if snr is not None:
             noise = self.noise.sample(len(samples), generator=generator, exclude=exclude)
             samples = add_noise(samples, noise, snr)
@@ -168,10 +165,6 @@ def draw_time_mask(
     clock = np.arange(rate, dtype=np.float32)  # NumPy takes a third of torch's time for all this.
     masked = (clock >= starts[:, None]) & (clock < (starts + sizes)[:, None])  # (seconds, rate)
     return torch.from_numpy(masked.ravel()[:length])
-
-
-def _draw_int(largest: int, generator: torch.Generator | None) -> int:
-    return int(torch.randint(largest + 1, (), generator=generator))
 
 
 def _is_training(subset: str) -> bool:

@@ -105,12 +105,12 @@ def outputs(model):
     """What a model in eval mode gives: memory, losses, scores and tokens of its search."""
     model.eval()
     x, lengths, targets = batch(model)
-    memory, frames = model.encode(x, lengths)
+    encoded = model.encode(x, lengths)
     options = SearchOptions(beam_size=3, ctc_decode_weight=0.3, max_dec_tokens=4)
     search = build_beam_search(model, options, [str(i) for i in range(model.odim)])
-    found = [hypothesis for hypotheses in search(memory, frames) for hypothesis in hypotheses]
+    found = [hypothesis for hypotheses in search(*encoded) for hypothesis in hypotheses]
     return [
-        *(memory, *model.losses(memory, frames, targets)),
+        *(encoded.memory, *model.losses(encoded, targets)),
         *(torch.tensor([hypothesis.score]) for hypothesis in found),
         *(hypothesis.yseq for hypothesis in found),
     ]

@@ -93,7 +93,9 @@ def main(steps, moments, signal_name, *arguments):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.make_callbacks", with_disturber)
-        patch.setattr("espnet.utils.checkpoint_io.torch", SimpleNamespace(save=disturber.save))
+        patch.setattr(
+            "espnet.utils.recovery.checkpoint_io.torch", SimpleNamespace(save=disturber.save)
+        )
         train.main(list(arguments))
 
 

@@ -8,6 +8,7 @@ from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.search_options import SearchOptions
 from espnet.utils.options import TrainingOptions
 from lightning import ModelModule, warmup_cosine
+from tests.device_waits import DEVICE, OnDevice, Waits, to_device
 
 
 @pytest.fixture
@@ -36,9 +37,9 @@ def data(corpus, text_transform):
 
 
 @pytest.fixture
-def module(text_transform):
+def model(text_transform):
     torch.manual_seed(0)
-    model = E2E.from_keywords(
+    return E2E.from_keywords(
         text_transform.odim,
         "audio",
         adim=16,
@@ -50,6 +51,10 @@ def module(text_transform):
         cnn_module_kernel=7,
         audio_width=2,
     )
+
+
+@pytest.fixture
+def module(model, text_transform):
     return ModelModule(
         model,
         text_transform,
@@ -195,6 +200,66 @@ def test_validation_is_the_mean_over_utterances_however_they_are_batched(module,
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
+def test_validation_leaves_out_what_is_not_finite(module, data, caplog):
+    class SpoilValidation(pl.Callback):
+        def on_validation_batch_start(self, trainer, module, batch, batch_idx):
+            batch["audios"][0] *= float("inf") if batch_idx == 0 else 1
+
+    data.max_frames = 80
+    metrics = fit(module, data, callbacks=[SpoilValidation()]).callback_metrics
+    assert metrics["loss_val"].isfinite()
+    assert metrics["loss_val"] > 0
+    assert "1 validation batches have no finite loss" in caplog.text
+
+
+class OnPretendedDevice(ModelModule):
+    """Works on the pretended device, of which Lightning does not know."""
+
+    def configure_optimizers(self):
+        to_device(self.model)
+        self._device = DEVICE
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, foreach=False)
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        return super().transfer_batch_to_device(batch, DEVICE, dataloader_idx)
+
+
+class CountWaits(pl.Callback):
+    """Notes the waits of each training and validation batch."""
+
+    def __init__(self, waits):
+        self.waits = waits
+        self.training, self.validation = [], []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        assert isinstance(batch["audios"], OnDevice)
+        self.waits.places.clear()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if not trainer.is_last_batch:  # after which the epoch's figures are read
+            self.training.append(dict(self.waits.places))
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx):
+        self.waits.places.clear()
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.validation.append(dict(self.waits.places))
+
+
+def test_a_step_waits_once_for_the_device(model, text_transform, data):
+    """To see whether its gradient is finite; a validation batch for its tokens."""
+    data.max_frames = 80
+    module = OnPretendedDevice(model, text_transform)
+    with Waits() as waits:
+        count = CountWaits(waits)
+        metrics = fit(module, data, callbacks=[count], num_sanity_val_steps=0).callback_metrics
+    assert len(count.training) > 1
+    assert {sum(places.values()) for places in count.training} == {1}
+    assert {sum(places.values()) for places in count.validation} == {1}
+    assert metrics["nonfinite_steps"] == 0
+    assert metrics["loss"] > 0
+
+
 def test_decoding_finds_the_text_or_nothing(module, data):
     module.eval()
     batch = next(iter(data.test_dataloader()))
@@ -202,7 +267,7 @@ def test_decoding_finds_the_text_or_nothing(module, data):
     assert [result.index for result in decoded] == batch["indices"].tolist()
     assert all("<eos>" not in result.hypothesis for result in decoded)
     assert all(result.seconds > 0 for result in decoded)
-    module.beam_search = lambda memory, lengths: [[] for _ in lengths]  # noqa: ARG005
+    module.beam_search = lambda memory, lengths, video: [[] for _ in lengths]  # noqa: ARG005
     nothing = module.decode(batch)
     assert [(result.hypothesis, result.score) for result in nothing] == [("", None)] * len(
         batch["indices"]

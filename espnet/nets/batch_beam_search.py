@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 
 from espnet.nets.hypothesis import Hypothesis, SearchHistory, SearchStep
+from espnet.nets.pytorch_backend.encoded import Encoded, Video
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.scorer_interface import PartialScorerInterface, ScorerInterface, State
 
 STOP_TEST_INTERVAL = {"cpu": 1, "cuda": 5}
@@ -175,6 +177,7 @@ class BatchBeamSearch:
         self,
         memory: torch.Tensor,
         memory_lengths: torch.Tensor | None = None,
+        video: Video | None = None,
         *,
         maxlenratio: float = 0.0,
         minlenratio: float = 0.0,
@@ -183,7 +186,8 @@ class BatchBeamSearch:
 
         Args:
             memory: Encoder output (T, D), or (B, T, D), padded at the end.
-            memory_lengths: Frames of each utterance (B,), int64; with (B, T, D) only.
+            memory_lengths: Frames of each utterance (B,), int64, on the host; with (B, T, D) only.
+            video: Beside the memory of a batch; passed on to the scorers.
             maxlenratio: Most tokens of a hypothesis, in frames of the utterance, but at least 1;
                 a negative value is a number of tokens. 0 means as many as frames, and that the
                 search ends earlier when longer hypotheses have become too improbable.
@@ -197,24 +201,23 @@ class BatchBeamSearch:
                 superfluous or not one for each utterance.
         """
         if memory.dim() == 2 and memory_lengths is None:
-            lengths = torch.tensor([memory.size(0)], device=memory.device)
-            return self._search(memory[None], lengths, maxlenratio, minlenratio)[0]
+            lengths = torch.tensor([memory.size(0)])
+            encoded = Encoded(memory[None], lengths)
+            return self._search(encoded, maxlenratio, minlenratio)[0]
         if memory.dim() != 3 or memory_lengths is None or memory_lengths.shape != memory.shape[:1]:
             lengths_shape = None if memory_lengths is None else tuple(memory_lengths.shape)
             raise ValueError(
                 f"memory {tuple(memory.shape)} with memory_lengths {lengths_shape}: pass (T, D) "
                 "alone, or (B, T, D) with (B,)"
             )
-        return self._search(memory, memory_lengths.to(memory.device), maxlenratio, minlenratio)
+        encoded = Encoded(memory, memory_lengths, video)
+        return self._search(encoded, maxlenratio, minlenratio)
 
     def _search(
-        self,
-        memory: torch.Tensor,
-        memory_lengths: torch.Tensor,
-        maxlenratio: float,
-        minlenratio: float,
+        self, encoded: Encoded, maxlenratio: float, minlenratio: float
     ) -> list[list[Hypothesis]]:
         """Search a padded batch; see ``__call__``."""
+        memory, memory_lengths, _ = encoded
         history = SearchHistory(
             *(memory.size(0), list(self.scorers), self.sos, self.eos),
             normalize=self.length_normalization,
@@ -231,7 +234,7 @@ class BatchBeamSearch:
             return history.nbest()
         beam = self._first_beam(memory, max_lengths, min_lengths)
         states = {
-            name: scorer.init(memory, memory_lengths, self.beam_size)
+            name: scorer.init(memory, memory_lengths, self.beam_size, **encoded.beside)
             for name, scorer in self.scorers.items()
         }
         interval = STOP_TEST_INTERVAL.get(memory.device.type, STOP_TEST_INTERVAL["cuda"])
@@ -246,14 +249,16 @@ class BatchBeamSearch:
             ended = (over | (repeats > 0)) & (beam.totals > -torch.inf)
             ended[:, self.beam_size :] = False  # These were chosen only to go on.
             history.append(
-                SearchStep(parents, beam.tokens, ended, beam.totals, beam.scores, repeats)
+                SearchStep(parents, beam.tokens, ended, beam.totals, repeats, beam.scores)
             )
             stopped = over | (repeats > 0)
             if self.end_when_beaten:
                 beam = self._close_beaten(beam, ended & over, stopped, step)
             else:
                 beam = self._close(beam, ended & over, stopped, step, maxlenratio == 0)
-            if (step + 1) % interval == 0 or step + 1 == steps:
+            if step + 1 == steps:
+                break
+            if (step + 1) % interval == 0:
                 # The one place in a step where the host waits for the device.
                 flags = (beam.totals > -torch.inf).any(1).tolist()
                 running = torch.tensor([row for row, runs in enumerate(flags) if runs])
@@ -261,7 +266,7 @@ class BatchBeamSearch:
                     break
                 if len(running) < len(flags):
                     history.keep(running)
-                    beam = beam.keep(running.to(memory.device))
+                    beam = beam.keep(send(running, memory.device))
             states = self._reorder(expansion.states, beam)
         return history.nbest()
 
@@ -271,7 +276,7 @@ class BatchBeamSearch:
         """Return a beam with one hypothesis, the start symbol, for each utterance."""
         device = memory.device
         shape = (len(max_lengths), self.beam_size)
-        most = torch.tensor(max_lengths, device=device)[:, None]
+        most = send(torch.tensor(max_lengths), device)[:, None]
         totals = torch.full(shape, -torch.inf, device=device)
         totals[:, :1].masked_fill_(most > 0, 0.0)
         scores = torch.zeros(shape[0], len(self.scorers), shape[1], device=device)
@@ -283,7 +288,7 @@ class BatchBeamSearch:
             scores=scores,
             gains=scores,
             rows=torch.zeros(shape, dtype=torch.int64, device=device),
-            min_lengths=torch.tensor(min_lengths, device=device)[:, None],
+            min_lengths=send(torch.tensor(min_lengths), device)[:, None],
             max_lengths=most,
             best_ended=torch.full((shape[0], compared), -torch.inf, device=device),
             places=torch.arange(self.beam_size, device=device).expand(shape),

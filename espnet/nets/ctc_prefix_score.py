@@ -24,6 +24,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from espnet.nets.pytorch_backend.nets_utils import send
+from espnet.nets.scorer_interface import kept_utterances
+
 IMPOSSIBLE = -1e5
 """Stands in for a log-posterior of minus infinity in cumulative sums, whose differences matter."""
 
@@ -57,7 +60,7 @@ def start_prefixes(
 
     Args:
         log_posteriors: CTC log-posteriors (B, T, V), padded at the end.
-        lengths: Frames of each utterance (B,), int64.
+        lengths: Frames of each utterance (B,), int64, on the host.
         beam_size: Hypotheses per utterance, K.
         blank: Id of the blank.
         eos: Id of the end symbol.
@@ -66,7 +69,7 @@ def start_prefixes(
         The state of the empty prefixes.
     """
     frames_used = torch.arange(log_posteriors.size(1) + 1, device=log_posteriors.device)
-    lengths = lengths.to(log_posteriors.device)[:, None]  # (B, 1)
+    lengths = send(lengths, log_posteriors.device)[:, None]  # (B, 1)
     # (B, T, V) -> (B, V, T + 1), tokens first so that a candidate's frames lie side by side
     emissions = functional.pad(log_posteriors.float().transpose(1, 2), (0, 1)).contiguous()
     emissions.masked_fill_((frames_used >= lengths)[:, None], -torch.inf)
@@ -152,7 +155,7 @@ def extend_prefixes(
     before = state.paths.flatten(0, 2).index_select(0, 2 * index + repeats)
     before = before.view(*new_scores.shape, -1)  # (N', T + 1) -> (B', K, T + 1)
     if index.numel() < last_tokens.numel():
-        kept = index[::beam] // beam
+        kept = kept_utterances(index, beam)
         constants = (state.emissions[kept], state.blanks[kept], state.blank_sums[kept])
         state = CTCPrefixState(state.first_rows[: len(kept)], *constants, before, new_scores)
 

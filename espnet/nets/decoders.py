@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from espnet.nets.encoders import STREAMS, EncoderOptions, folder_problem
+from espnet.formats import MODALITIES
+from espnet.nets.encoders import EncoderOptions, folder_problem
 from espnet.option_tree import COUNT, needs_problems, option, value_problems
 
 # Causal language models of transformers that are built like LLaMA: tests compare each with its own
@@ -241,7 +242,7 @@ def decoder_problems(modality: str, options: DecoderOptions) -> list[str]:
         problems.append(
             "--decoder-dtype bfloat16 needs a frozen decoder: its updates would be rounded away"
         )
-    if options.whisper_gated_video and len(STREAMS[modality]) < 2:
+    if options.whisper_gated_video and len(MODALITIES[modality]) < 2:
         problems.append(
             f"--whisper-gated-video needs a model of video and audio, got one of {modality} alone"
         )

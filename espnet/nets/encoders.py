@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from espnet.formats import MODALITIES
 from espnet.option_tree import (
     COUNT,
     NATURAL,
@@ -18,11 +19,6 @@ from espnet.option_tree import (
     value_problems,
 )
 
-STREAMS = {
-    "audio": ("audio",),
-    "video": ("video",),
-    "audiovisual": ("video", "audio"),
-}
 FRAME_RATES = (25, 50)  # frames a second at which the streams are fused
 POOLINGS = ("cls", "mean")
 WHISPER_SECONDS = 30  # what Whisper's encoder was trained on, and takes at most
@@ -118,7 +114,7 @@ class EncoderOptions:
     modality: str | None = option(
         None,
         "streams that the model takes (default: those of the encoders)",
-        choices=tuple(STREAMS),
+        choices=tuple(MODALITIES),
     )
     vision_encoder: str | None = option(
         None,
@@ -205,7 +201,7 @@ class EncoderOptions:
     @property
     def streams(self) -> tuple[str, ...]:
         """Streams that the model takes, of options whose modality is resolved."""
-        return STREAMS[self.modality]
+        return MODALITIES[self.modality]
 
     def choice(self, word: str) -> EncoderChoice | None:
         """The row of the encoder of `vision` or `audio`; None if there is none."""
@@ -245,7 +241,7 @@ def resolve_encoders(
     if modality is None and (vision_encoder or audio_encoder):
         both = vision_encoder and audio_encoder
         modality = "audiovisual" if both else "video" if vision_encoder else "audio"
-    streams = STREAMS.get(modality, ())
+    streams = MODALITIES.get(modality, ())
     if "video" in streams:
         vision_encoder = vision_encoder or "resnet"
     if "audio" in streams:

@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from espnet.nets.pytorch_backend.nets_utils import send
+
 
 class Hypothesis(NamedTuple):
     """A hypothesis that has ended.
@@ -32,17 +34,32 @@ class SearchStep(NamedTuple):
         tokens: Token that it chose (A, K).
         ended: True where the hypothesis ended in this step (A, K).
         totals: Weighted scores (A, K).
-        scores: Unweighted scores of the S scorers (A, S, K).
         repeats: Tokens at the end of one that was stopped which only repeat a phrase (A, K), and
             are cut off; else 0.
+        scores: Unweighted scores of the S scorers (A, S, K).
     """
 
     parents: torch.Tensor
     tokens: torch.Tensor
     ended: torch.Tensor
     totals: torch.Tensor
-    scores: torch.Tensor
     repeats: torch.Tensor
+    scores: torch.Tensor
+
+    @staticmethod
+    def join(steps: "list[SearchStep]") -> torch.Tensor:
+        """All fields of L steps in one tensor (L, A, 5 + S, K), in float64, which is exact."""
+        *fields, scores = (torch.stack(field).double() for field in zip(*steps, strict=True))
+        return torch.cat([torch.stack(fields, dim=2), scores], dim=2)
+
+    @classmethod
+    def part(cls, joined: torch.Tensor) -> "SearchStep":
+        """The fields (L, A, ...) of what `join` gave."""
+        parents, tokens, ended, totals, repeats = joined[:, :, :5].unbind(2)
+        return cls(
+            *(parents.long(), tokens.long(), ended.bool(), totals.float(), repeats.long()),
+            scores=joined[:, :, 5:].float(),
+        )
 
 
 class SearchHistory:
@@ -72,7 +89,7 @@ class SearchHistory:
         self.normalize = normalize
         self._running = torch.arange(utterances)
         self._steps: list[SearchStep] = []
-        self._parts: list[SearchStep] = []
+        self._parts: list[torch.Tensor] = []
 
     def append(self, step: SearchStep) -> None:
         """Add a step; its tensors stay where they are."""
@@ -96,7 +113,7 @@ class SearchHistory:
         nbest: list[list[Hypothesis]] = [[] for _ in range(self.utterances)]
         if not self._parts:
             return nbest
-        history = SearchStep(*(torch.cat(fields) for fields in zip(*self._parts, strict=True)))
+        history = SearchStep.part(torch.cat(self._parts).cpu())
         # (L, B, K) -> (E,) for each of the coordinates, for E ended hypotheses
         step, utterance, place = history.ended.nonzero(as_tuple=True)
         repeats = history.repeats[step, utterance, place]
@@ -123,16 +140,12 @@ class SearchHistory:
         return nbest
 
     def _store_steps(self) -> None:
-        """Move the steps since the last change of the running utterances to the CPU."""
+        """Put together the steps since the last change of the running utterances."""
         if not self._steps:
             return
-        part = []
-        for fields in zip(*self._steps, strict=True):
-            running = torch.stack(fields).cpu()
-            everyone = running.new_zeros(running.size(0), self.utterances, *running.shape[2:])
-            everyone[:, self._running] = running
-            part.append(everyone)
-        self._parts.append(SearchStep(*part))
+        running = SearchStep.join(self._steps)
+        everyone = running.new_zeros(running.size(0), self.utterances, *running.shape[2:])
+        self._parts.append(everyone.index_copy_(1, send(self._running, running.device), running))
         self._steps = []
 
     def _trace_back(

@@ -8,6 +8,8 @@ from espnet.nets.decoders import DecoderOptions, are_one, decoder_problems, reso
 from espnet.nets.encoders import EncoderOptions, encoder_problems
 from espnet.option_tree import COUNT, NATURAL, PROBABILITY, Number, branch, option, value_problems
 
+FUSIONS = ("concat",)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
@@ -22,6 +24,7 @@ class ModelOptions:
         "encoder)",
         kind=COUNT,
     )
+    fusion: str = option("concat", "what makes one sequence of the streams", choices=FUSIONS)
     aheads: int = option(12, "attention heads", kind=COUNT)
     eunits: int = option(3072, "encoder feed-forward units", kind=COUNT)
     elayers: int | None = option(

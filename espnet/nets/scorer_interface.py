@@ -13,15 +13,28 @@ State = Any
 """A nested dict, list or tuple of tensors; only the scorer that made it looks into it."""
 
 
+def kept_utterances(index: torch.Tensor, beam_size: int) -> torch.Tensor:
+    """Utterances (B',) of the hypotheses that ``reorder`` keeps, N' = B' * K rows."""
+    return index[::beam_size] // beam_size
+
+
 class ScorerInterface:
     """Scores every token of the vocabulary as the next one of each hypothesis."""
 
-    def init(self, memory: torch.Tensor, memory_lengths: torch.Tensor, beam_size: int) -> State:
+    def init(
+        self,
+        memory: torch.Tensor,
+        memory_lengths: torch.Tensor,
+        beam_size: int,
+    ) -> State:
         """Prepare the state of hypotheses that hold nothing but the start symbol.
+
+        Where a model has video beside the memory (`Encoded.video`), its scorers get it too, as the
+        keyword argument ``video``.
 
         Args:
             memory: Encoder output (B, T, D), padded at the end.
-            memory_lengths: Frames of each utterance (B,), int64.
+            memory_lengths: Frames of each utterance (B,), int64, on the host.
             beam_size: Hypotheses per utterance, K.
 
         Returns:
@@ -46,7 +59,7 @@ class ScorerInterface:
 
         The rows of an utterance stay together: ``index.view(-1, K) // K`` is constant along each
         row. Finished utterances may be left out (then N' < N, otherwise N' = N), so what is kept
-        once per utterance is selected by ``index[::K] // K``.
+        once per utterance is selected by ``kept_utterances``.
 
         Args:
             state: What ``score`` returned.

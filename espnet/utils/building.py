@@ -5,7 +5,6 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from datamodule.data_module import DataModule
-from datamodule.media import VIDEO_RATE
 from datamodule.options import DataOptions
 from datamodule.pretrained_text_transform import (
     PretrainedTextTransform,
@@ -13,12 +12,12 @@ from datamodule.pretrained_text_transform import (
     whisper_text_transform,
 )
 from datamodule.text_transform import TextTransform
+from espnet.formats import CLEAN_SNR, MODALITIES, VIDEO_RATE
 from espnet.nets.decoders import DecoderOptions, Vocabulary
-from espnet.nets.encoders import STREAMS, EncoderChoice
+from espnet.nets.encoders import EncoderChoice
 from espnet.nets.model_options import ModelOptions
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.utils.options import Options
-from espnet.utils.recipes import CLEAN_SNR
 
 AnyTextTransform = TextTransform | PretrainedTextTransform
 
@@ -93,12 +92,12 @@ def build_data(options: Options, modality: str, text_transform: AnyTextTransform
     train_file = data.train_file
     if train_file and not (Path(data.root_dir) / "labels" / train_file).is_file():
         train_file = None  # The test data are elsewhere: their babble comes from the test list.
-    hears = "audio" in STREAMS[modality]
+    hears = "audio" in MODALITIES[modality]
     audio = (options.model.encoders.choice("audio") if hears else None) or EncoderChoice()
     of_ids = decoder.pretrained and data.sp_model_path
     return DataModule(
         root_dir=data.root_dir,
-        streams=STREAMS[modality],
+        streams=MODALITIES[modality],
         text_transform=text_transform,
         id_text_transform=build_sentencepiece(data) if of_ids else None,
         takes_ids=not decoder.pretrained,

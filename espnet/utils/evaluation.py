@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
-from datamodule.media import VIDEO_RATE
-from espnet.utils.recipes import CLEAN_SNR
+from espnet.formats import CLEAN_SNR, VIDEO_RATE
 from espnet.utils.text_normalization import normalizer
 
 

@@ -87,7 +87,7 @@ def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
     from espnet.nets.pytorch_backend.qlora_utils import merge_lora
     from espnet.utils.building import build_model, build_text_transform
     from espnet.utils.checkpoint import load_model, load_weights, trained_content
-    from espnet.utils.checkpoint_io import save_whole
+    from espnet.utils.recovery.checkpoint_io import save_whole
     from espnet.utils.trainer import set_up_logging
 
     set_up_logging(debug=False)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import ClassVar, NoReturn
 
 from datamodule.options import DEFAULT_LIST, DataOptions
+from espnet.formats import CLEAN_SNR
 from espnet.nets.model_options import ModelOptions
 from espnet.nets.search_options import SearchOptions
 from espnet.option_tree import (
@@ -22,7 +23,7 @@ from espnet.option_tree import (
     branch,
     option,
 )
-from espnet.utils.recipes import CLEAN_SNR, RECIPES
+from espnet.utils.recipes import RECIPES
 from espnet.utils.text_normalization import NORMALIZERS
 
 OPTIMIZERS = ("adamw", "adamw8bit")

@@ -6,10 +6,10 @@ RESULTS.md has the figures of each, and the commands that print them. Nothing he
 from dataclasses import dataclass, field
 from typing import Any
 
+from espnet.formats import CLEAN_SNR
 from espnet.nets.decoders import are_one
 from espnet.nets.model_options import ModelOptions
 
-CLEAN_SNR = 999999.0  # dB; auto_avsr's way to say "no noise"
 DEMO_OPTIONS = {
     "exp_name": "demo",
     "root_dir": "demo_corpus",

@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from espnet.utils.callbacks import read_metrics
-from espnet.utils.recipes import CLEAN_SNR
+from espnet.formats import CLEAN_SNR
+from espnet.utils.recovery.callbacks import read_metrics
 
 mpl.use("Agg")
 

@@ -156,6 +156,8 @@ def set_up_logging(*, debug: bool) -> None:
     for name in ("pytorch_lightning", "lightning.fabric", "lightning_fabric", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # Lightning's own
+    # `ModelModule` moves batches.
+    warnings.filterwarnings("ignore", message=".*overridden `transfer_batch_to_device`.*")
     # What is logged at the end of an epoch is the same in all processes.
     warnings.filterwarnings("ignore", message=".*recommended to use.*sync_dist=True.*")
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

@@ -3,7 +3,7 @@ import shutil
 import torch
 
 from benchmarks import whisper_margin
-from espnet.utils.recipes import CLEAN_SNR
+from espnet.formats import CLEAN_SNR
 
 
 def test_prints_a_row_for_each_margin(corpus, tiny_checkpoints, tmp_path, capsys, monkeypatch):

@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM, ViTModel
 
 import eval as evaluation
 from benchmarks.whisper_margin import generator_of, searcher_of
-from datamodule.media import VIDEO_RATE, read_audio
+from datamodule.media import read_audio
 from datamodule.pretrained_text_transform import llama_text_transform, whisper_text_transform
+from espnet.formats import VIDEO_RATE
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.utils.text_normalization import normalizer

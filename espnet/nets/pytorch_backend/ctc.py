@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 
@@ -49,18 +50,18 @@ class CTC(nn.Module):
 
         Args:
             memory: Encoder output, (B, T, D).
-            memory_lengths: Frames, (B,).
-            targets: Token ids, (B, U), padded with `ignore_id`.
+            memory_lengths: Frames, (B,), on the host.
+            targets: Token ids, (B, U), padded with `ignore_id`, on the host.
 
         Returns:
             Scalar loss.
         """
-        real = RealFrames.of(memory_lengths, memory.size(1))
+        real = RealFrames.of(memory_lengths, memory)
         log_posteriors = self.log_softmax(self.dropout(real.pack(memory)))  # (N, V)
         target_lengths = (targets != self.ignore_id).sum(dim=1)
         losses = F.ctc_loss(
             real.pad(log_posteriors).transpose(0, 1),  # (T, B, V)
-            targets.clamp(min=0),
+            send(targets.clamp(min=0), memory.device),
             memory_lengths,
             target_lengths,
             reduction="none",

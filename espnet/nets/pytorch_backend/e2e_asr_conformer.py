@@ -1,4 +1,4 @@
-"""The recogniser: front-ends, fusion by concatenation, Conformer, CTC and decoder."""
+"""The recogniser: front-ends, fusion, Conformer, CTC and decoder, and what builds them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary
 from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
-from espnet.nets.model_options import ModelOptions
+from espnet.nets.model_options import FUSIONS, ModelOptions
 from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
 from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
 from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
+from espnet.nets.pytorch_backend.encoded import Encoded, Video, fit_length, join_video
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.frontend.clip_encoder import CLIPEncoder
 from espnet.nets.pytorch_backend.frontend.fbank import FilterBank
@@ -23,7 +24,8 @@ from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule
+from espnet.nets.pytorch_backend.fusion.concat import ConcatFusion
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 from espnet.option_tree import from_flat, names
@@ -101,6 +103,26 @@ def _of_checkpoint(options: ModelOptions, *, freeze: bool, quantize: bool) -> di
         "gradient_checkpointing": options.gradient_checkpointing,
         "quantize": quantize,
     }
+
+
+def build_fusion(options: ModelOptions, widths: Mapping[str, int], adim: int) -> nn.Module:
+    """Builds what makes one sequence of features out of those of the streams.
+
+    Args:
+        options: Resolved.
+        widths: Features of each stream at the frame rate, in their order.
+        adim: Features D of what it gives.
+
+    Returns:
+        A module that takes features by stream, (B, T, width) each, and lengths, (B,).
+
+    Raises:
+        ValueError: If the name is unknown.
+    """
+    name = options.fusion
+    if name == "concat":
+        return ConcatFusion(widths, adim)
+    raise ValueError(f"fusion {name!r} is unknown: choose {', '.join(FUSIONS)}")
 
 
 def build_decoder(
@@ -215,7 +237,7 @@ class E2E(FreezableModule):
             self.missing_video = nn.Parameter(torch.zeros(widths["video"]))
             self.missing_audio = nn.Parameter(torch.zeros(widths["audio"]))
         adim = options.adim or widths["audio"]
-        self.proj_encoder = nn.Linear(sum(widths[s] for s in self.fused_streams), adim)
+        self.proj_encoder = build_fusion(options, {s: widths[s] for s in self.fused_streams}, adim)
         self.encoder = None
         if options.elayers:
             self.encoder = ConformerEncoder(
@@ -227,7 +249,7 @@ class E2E(FreezableModule):
                 dropout_rate=options.dropout_rate,
             )
         elif (hears := encoders.choice("audio")) and hears.pretrained and widths["audio"] == adim:
-            _pass_on_last(self.proj_encoder)
+            self.proj_encoder.pass_on_last()
         # Gated video reaches the decoder beside the memory, not in it.
         video_dim = widths["video"] if decoder.whisper_gated_video else 0
         self.decoder = build_decoder(
@@ -307,53 +329,21 @@ class E2E(FreezableModule):
         self,
         x: Tensor | Mapping[str, Tensor],
         lengths: Tensor | Mapping[str, Tensor],
-        targets: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes the training loss.
+        targets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | Encoded:
+        """Encodes a batch, and computes the training loss if there are targets.
 
         Args:
             x: Video (B, T, 1, H, W) or audio (B, S, 1) of a model with one stream, or
-                `{"video": ..., "audio": ...}`.
-            lengths: Frames and samples, (B,) each, in the same form.
-            targets: Token ids, (B, U), padded with `ignore_id`.
+                `{"video": ..., "audio": ...}`; after training with modality dropout, a stream may
+                be absent.
+            lengths: Frames and samples, (B,) each, in the same form, on the host.
+            targets: Token ids, (B, U), padded with `ignore_id`; on the host, or they are waited
+                for.
 
         Returns:
             The weighted loss, the CTC loss (0 without a CTC layer), the decoder's loss (means over
-            the utterances) and the decoder's token accuracy.
-        """
-        return self.losses(*self.encode(x, lengths), targets)
-
-    def losses(
-        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes the losses of an encoded batch.
-
-        Args:
-            memory: Encoder output, (B, T, D).
-            memory_lengths: Frames, (B,).
-            targets: Token ids, (B, U), padded with `ignore_id`.
-
-        Returns:
-            As `forward`.
-        """
-        loss_ctc = memory.new_zeros(())
-        if self.ctc is not None:
-            loss_ctc = self.ctc(memory, memory_lengths, targets)
-        loss_att, accuracy = self._decoder_loss(memory, memory_lengths, targets)
-        loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
-        return loss, loss_ctc, loss_att, accuracy
-
-    def encode(
-        self, x: Tensor | Mapping[str, Tensor], lengths: Tensor | Mapping[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Encodes a batch.
-
-        Args:
-            x: As in `forward`; after training with modality dropout, a stream may be absent.
-            lengths: As in `forward`.
-
-        Returns:
-            Encoder output, (B, T, D), and its lengths, (B,).
+            the utterances) and the decoder's token accuracy; without targets, the encoded batch.
 
         Raises:
             ValueError: If a stream is absent that the model cannot do without, or the streams'
@@ -361,29 +351,68 @@ class E2E(FreezableModule):
         """
         if not isinstance(x, Mapping):
             x, lengths = {self.streams[0]: x}, {self.streams[0]: lengths}
+        features, frames, video_frames = self._stream_features(x, lengths)
+        memory = self.proj_encoder({s: features[s] for s in self.fused_streams}, frames)
+        if self.encoder is not None:
+            memory = self.encoder(memory, frames)
+        gated = "video" in self.streams and "video" not in self.fused_streams
+        video = Video(features["video"], video_frames) if gated else None
+        encoded = Encoded(memory, frames, video)
+        return encoded if targets is None else self.losses(encoded, targets)
+
+    def encode(
+        self, x: Tensor | Mapping[str, Tensor], lengths: Tensor | Mapping[str, Tensor]
+    ) -> Encoded:
+        """Encodes a batch; arguments and errors as for `forward`."""
+        return self(x, lengths)
+
+    def losses(self, encoded: Encoded, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes the losses of an encoded batch.
+
+        Args:
+            encoded: What `encode` gives.
+            targets: Token ids, (B, U), padded with `ignore_id`; on the host, or they are waited
+                for.
+
+        Returns:
+            As `forward`.
+        """
+        targets = targets.cpu()  # Shapes depend on them.
+        memory, lengths, video = encoded
+        loss_ctc = memory.new_zeros(())
+        if self.ctc is not None:
+            loss_ctc = self.ctc(join_video(memory, video), lengths, targets)
+        loss_att, accuracy = self._decoder_loss(encoded, targets)
+        loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
+        return loss, loss_ctc, loss_att, accuracy
+
+    def output_lengths(self, lengths: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Frames of the memory, (B,), for lengths as `forward` takes them."""
+        return self._frames_of(lengths)[0]
+
+    def _stream_features(
+        self, x: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Features of all streams at the frame rate, (B, T, D) each; frames of memory and video."""
         missing = [stream for stream in self.streams if stream not in x]
         if missing and (not any(self.modality_dropout) or len(missing) == len(self.streams)):
             raise ValueError(
                 f"input has streams {sorted(x)}, the model needs {list(self.streams)}: a model "
                 "takes a single stream if it is trained with --modality-dropout"
             )
-        frames = self._clock(lengths)
+        frames, video_frames = self._frames_of(lengths)
         lost = self._draw_lost_streams(len(frames)) if self.training and not missing else {}
-        length = int(frames.max())
-        features = {
-            stream: self._encode_stream(
-                stream, x[stream], lengths[stream], lost.get(stream), length
-            )
-            if stream in x
-            else getattr(self, f"missing_{stream}").expand(len(frames), length, -1)
-            for stream in self.streams
-        }
-        fused = [features[stream] for stream in self.fused_streams]
-        memory = self.proj_encoder(torch.cat(fused, dim=-1))
-        if self.encoder is not None:
-            memory = self.encoder(memory, frames)
-        beside = [features[s] for s in self.streams if s not in self.fused_streams]
-        return torch.cat([memory, *beside], dim=-1) if beside else memory, frames
+        features = {}
+        for stream in self.streams:
+            length = int((frames if stream in self.fused_streams else video_frames).max())
+            if stream in x:
+                features[stream] = self._encode_stream(
+                    stream, x[stream], lengths[stream], lost.get(stream), length
+                )
+            else:
+                vector = getattr(self, f"missing_{stream}")
+                features[stream] = vector.expand(len(frames), length, -1)
+        return features, frames, video_frames
 
     def _adaptable(self, part: str) -> nn.Module:
         """The module that adapters go into: what is new around a checkpoint is trained anyway."""
@@ -411,43 +440,50 @@ class E2E(FreezableModule):
         count = frontend.speech_lengths if of_speech else frontend.output_lengths
         return clock_lengths(count(lengths), frontend.frame_rate, self.frame_rate)
 
-    def _clock(self, lengths: Mapping[str, Tensor]) -> Tensor:
-        """Frames of each utterance, (B,): those of the first stream; the other's may differ a bit.
+    def _frames_of(self, lengths: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Frames of the memory and of video beside it, (B,) each.
 
-        The silence after the audio is added, also where the audio itself is absent.
+        The memory has those of the first stream that is fused, and the silence after the audio,
+        also where the audio itself is absent. The streams may differ a bit.
 
         Raises:
             ValueError: If they differ by more than `MAX_LENGTH_DIFFERENCE`.
         """
+        if not isinstance(lengths, Mapping):
+            lengths = {self.streams[0]: lengths}
         streams = [stream for stream in self.streams if stream in lengths]
-        first, *others = speech = [self._frames(stream, lengths[stream]) for stream in streams]
-        for stream, frames in zip(streams[1:], others, strict=True):
-            difference = (frames - first).abs()
+        speech = {stream: self._frames(stream, lengths[stream]) for stream in streams}
+        first, *others = streams
+        for stream in others:
+            difference = (speech[stream] - speech[first]).abs()
             if difference.max() > MAX_LENGTH_DIFFERENCE:
                 row = int(difference.argmax())
                 raise ValueError(
-                    f"utterance {row} of the batch has {int(first[row])} frames of {streams[0]} "
-                    f"and {int(frames[row])} of {stream}, at most {MAX_LENGTH_DIFFERENCE} may lie "
-                    "between them: they do not belong together"
+                    f"utterance {row} of the batch has {int(speech[first][row])} frames of {first} "
+                    f"and {int(speech[stream][row])} of {stream}, at most {MAX_LENGTH_DIFFERENCE} "
+                    "may lie between them: they do not belong together"
                 )
+        fused = next((s for s in self.fused_streams if s in speech), first)
+        memory = speech[fused] + self.margin
         if "audio" in lengths:  # Near 30 s there is room for less silence.
-            return first + self._frames("audio", lengths["audio"], margin=True) - speech[-1]
-        return first + self.margin
+            silence = self._frames("audio", lengths["audio"], margin=True) - speech["audio"]
+            memory = speech[fused] + silence
+        return memory, speech.get("video", speech[first])
 
     def _encode_stream(
         self, stream: str, x: Tensor, lengths: Tensor, lost: Tensor | None, length: int
     ) -> Tensor:
         """Features of a stream, (B, length, D); utterances that lost it, (B,), get its vector."""
         if lost is None:
-            return _fit_length(self._features(stream, x, lengths), length)
+            return fit_length(self._features(stream, x, lengths), length)
         # Lost utterances save their work. One is always encoded, and the vector is always used:
         # processes that train together wait for a gradient of every parameter.
         rows = (~lost).nonzero().flatten() if not lost.all() else torch.zeros(1, dtype=torch.int64)
-        rows = rows.to(x.device)
-        kept = _fit_length(self._features(stream, x[rows], lengths[rows]), length)
+        kept_lengths, rows = lengths[rows], send(rows, x.device)
+        kept = fit_length(self._features(stream, x[rows], kept_lengths), length)
         vector = getattr(self, f"missing_{stream}").to(kept.dtype)
         features = vector.repeat(len(x), length, 1).index_copy(0, rows, kept)
-        return torch.where(lost.to(x.device)[:, None, None], vector, features)
+        return torch.where(send(lost, x.device)[:, None, None], vector, features)
 
     def _draw_lost_streams(self, batch_size: int) -> dict[str, Tensor]:
         """Which utterances lose a stream in this step, (B,) bool for each stream."""
@@ -460,9 +496,7 @@ class E2E(FreezableModule):
             "video": (draw >= lose_audio) & (draw < lose_audio + lose_video),
         }
 
-    def _decoder_loss(
-        self, memory: Tensor, memory_lengths: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _decoder_loss(self, encoded: Encoded, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Label-smoothed cross-entropy, summed over tokens, averaged over utterances; accuracy."""
         real = targets != self.ignore_id
         lengths = real.sum(dim=1, keepdim=True)
@@ -472,26 +506,18 @@ class E2E(FreezableModule):
         first = self.decoder.first_token
         loss, correct = smoothed_loss(
             self.decoder.logits,
-            self.decoder.features(inputs, memory, memory_lengths),
+            self.decoder.features(
+                send(inputs, encoded.memory.device),
+                encoded.memory,
+                encoded.lengths,
+                **encoded.beside,
+            ),
             (outputs - first).masked_fill(outputs == self.ignore_id, self.ignore_id),
             vocabulary=self.odim - first,
             smoothing=self.label_smoothing,
             ignore_id=self.ignore_id,
         )
-        return loss / len(targets), correct / (outputs != self.ignore_id).sum()
-
-
-def _pass_on_last(projection: nn.Linear) -> None:
-    """Makes a projection give its last inputs, as many as it has outputs, as they are."""
-    with torch.no_grad():
-        projection.weight.zero_()
-        projection.bias.zero_()
-        projection.weight[:, -projection.out_features :].fill_diagonal_(1.0)
-
-
-def _fit_length(features: Tensor, length: int) -> Tensor:
-    """Pads (B, T, D) with zeros, or cuts it, to (B, length, D)."""
-    return F.pad(features, (0, 0, 0, length - features.size(1)))
+        return loss / len(targets), correct / int((outputs != self.ignore_id).sum())
 
 
 def rename_single_frontend(state_dict: dict[str, Any], prefix: str = "") -> None:

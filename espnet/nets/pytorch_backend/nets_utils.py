@@ -1,38 +1,14 @@
-"""Padding masks, frozen parts, and groups of similar length."""
+"""Copies to the device, frozen parts, and groups of similar length."""
 
 import torch
 from torch import Tensor, nn
 
 
-def padding_mask(lengths: Tensor, max_length: int) -> Tensor | None:
-    """Marks the real positions of padded sequences; None for a batch without padding.
-
-    Modules skip their masking for None, so a batch of equal lengths costs nothing extra. The
-    test waits for the device, so it is made once for a front-end, encoder or decoder.
-
-    Args:
-        lengths: Number of real positions of each sequence, (B,).
-        max_length: Padded length T.
-
-    Returns:
-        Boolean mask, (B, T), True is a real position; or None when all positions are real.
-    """
-    if bool((lengths >= max_length).all()):
-        return None
-    return torch.arange(max_length, device=lengths.device) < lengths.unsqueeze(1)
-
-
-def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Sets padding to zero, so that a convolution sees at an utterance's end what it sees alone.
-
-    Args:
-        x: Features, (B, T, D).
-        mask: Real frames, (B, T), or None if all are real.
-
-    Returns:
-        Features, (B, T, D).
-    """
-    return x if mask is None else x * mask.unsqueeze(-1)
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """Copies a tensor from the host to a device, and does not wait until it is there."""
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        x = x.pin_memory()  # From other memory, CUDA may wait all the same.
+    return x.to(device, non_blocking=True)
 
 
 def keep_frozen_in_eval(module: nn.Module) -> None:

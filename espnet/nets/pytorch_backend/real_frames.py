@@ -1,77 +1,99 @@
 """The real frames of a padded batch: what works frame by frame sees them alone."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.nets_utils import length_groups, send
 
-@dataclass(frozen=True)
+MAX_PADDING = 0.3  # largest share of an utterance in a block that is padding
+
+
 class RealFrames:
     """Where the N real frames of B utterances, padded to T frames each, are.
 
-    Made once for a front-end or encoder: layers then neither compute on padding, nor let it into
-    batch statistics, nor ask the device again where it is.
+    Made once for a front-end, encoder or decoder, from lengths on the host: layers then neither
+    compute on padding, nor let it into batch statistics, and nobody waits for the device to learn
+    how many there are. Packed, the frames lie one utterance after the other.
+
+    Args:
+        lengths: Frames of each utterance, (B,), on the host; they count up to T.
+        length: T.
+        device: Where the frames are.
 
     Attributes:
-        batch: B.
+        lengths: Real frames of each utterance, (B,), on the host.
         length: T.
-        places: Places of the real frames among the B·T, utterance by utterance, (N,); None if
-            all are real.
-        places_in_time: Number of each real frame in its utterance, (N,).
-        lengths: Length of the utterance of each real frame, (N,).
+        ragged: Whether any frame is padding.
     """
 
-    batch: int
-    length: int
-    places: Tensor | None
-    places_in_time: Tensor
-    lengths: Tensor
+    def __init__(self, lengths: Tensor, length: int, device: torch.device) -> None:
+        self.lengths = lengths.clamp(max=length)
+        self.length = length
+        self.device = device
+        self.ragged = bool((lengths < length).any())
 
     @classmethod
-    def of(cls, lengths: Tensor, length: int) -> "RealFrames":
-        """Finds the real frames. It waits for the device: how many there are shapes what follows.
-
-        Args:
-            lengths: Real frames of each utterance, (B,).
-            length: T.
-        """
-        lengths = lengths.clamp(max=length)
-        number = int(lengths.sum())
-        rows = torch.repeat_interleave(lengths, output_size=number)  # (N,)
-        starts = lengths.cumsum(0) - lengths
-        in_time = torch.arange(number, device=lengths.device) - starts[rows]
-        places = None if number == len(lengths) * length else rows * length + in_time
-        return cls(len(lengths), length, places, in_time, lengths[rows])
+    def of(cls, lengths: Tensor, x: Tensor) -> "RealFrames":
+        """Of a padded batch, (B, T, ...)."""
+        return cls(lengths, x.size(1), x.device)
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """Real frames, (B, T), True is one; None if all are real."""
-        if self.places is None:
+        """Real frames, (B, T), True is one; None if all are: attention is faster without."""
+        if not self.ragged:
             return None
-        mask = self.places.new_zeros(self.batch * self.length, dtype=torch.bool)
-        return mask.index_fill_(0, self.places, True).view(self.batch, self.length)
+        lengths = send(self.lengths, self.device)
+        return torch.arange(self.length, device=self.device) < lengths.unsqueeze(1)
+
+    @cached_property
+    def blocks(self) -> "list[RealFrames]":
+        """Utterances of similar length, of a batch whose longest come first.
+
+        Attention takes frames padded: its work grows with the square of the length, but many small
+        blocks would be slow too.
+        """
+        lengths = self.lengths.tolist()
+        return [
+            RealFrames(self.lengths[rows[0] : rows[-1] + 1], lengths[rows[0]], self.device)
+            for rows in length_groups(lengths, max_padding=MAX_PADDING)
+        ]
+
+    @property
+    def number(self) -> int:
+        """N."""
+        return int(self.lengths.sum())
 
     def pack(self, x: Tensor) -> Tensor:
         """Leaves out the padding, (B, T, ...) -> (N, ...)."""
         frames = x.flatten(0, 1)
-        return frames if self.places is None else frames.index_select(0, self.places)
+        return frames.index_select(0, self._places) if self.ragged else frames
 
     def pad(self, x: Tensor) -> Tensor:
         """Puts real frames among zeros, (N, ...) -> (B, T, ...)."""
-        if self.places is not None:
-            padded = x.new_zeros(self.batch * self.length, *x.shape[1:])
-            x = padded.index_copy_(0, self.places, x)
-        return x.unflatten(0, (self.batch, self.length))
+        shape = (len(self.lengths), self.length)
+        if self.ragged:
+            padded = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+            x = padded.index_copy_(0, self._places, x)
+        return x.unflatten(0, shape)
+
+    def clear(self, x: Tensor) -> Tensor:
+        """Sets the padding of features, (B, T, D), to zero."""
+        return x if self.mask is None else x * self.mask.unsqueeze(-1)
+
+    def first(self, lengths: Tensor) -> Tensor:
+        """Places among the N of the first frames of each utterance, `lengths` (B,) of them."""
+        row, time = self._coordinates
+        return send((time < lengths[row]).nonzero().squeeze(1), self.device)
 
     def neighbour(self, offset: int) -> Tensor:
         """Places among the N of the frames that lie `offset` later, (N,); N where there is none."""
-        number = len(self.lengths)
-        moved = self.places_in_time + offset
-        inside = (moved >= 0) & (moved < self.lengths)
-        return (torch.arange(number, device=moved.device) + offset).where(inside, number)
+        row, time = self._coordinates
+        moved, number = time + offset, len(time)
+        inside = (moved >= 0) & (moved < self.lengths[row])
+        return send((torch.arange(number) + offset).where(inside, number), self.device)
 
     @cached_property
     def previous(self) -> Tensor:
@@ -82,6 +104,18 @@ class RealFrames:
     def following(self) -> Tensor:
         """Places of the frames after, as `neighbour` gives them."""
         return self.neighbour(1)
+
+    @cached_property
+    def _coordinates(self) -> tuple[Tensor, Tensor]:
+        """Utterance of each real frame, and its number there, (N,) each, on the host."""
+        real = torch.arange(self.length) < self.lengths.unsqueeze(1)
+        return real.nonzero(as_tuple=True)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Places of the real frames among the B·T, (N,): faster to index by than a mask."""
+        row, time = self._coordinates
+        return send(row * self.length + time, self.device)
 
     def extend(self, x: Tensor, before: int, after: int) -> Tensor:
         """Adds to each frame what a convolution needs of its neighbours; zeros at the ends.

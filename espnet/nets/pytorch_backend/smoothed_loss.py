@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from espnet.nets.pytorch_backend.nets_utils import send
+
 MAX_CHUNK = 2**24  # scores that are held at once, 64 MiB in float32
 
 
@@ -33,7 +35,7 @@ def smoothed_loss(
         project: The output layer, (N, D) -> (N, V).
         vocabulary: V.
         features: Decoder features, (B, U, D).
-        targets: Columns of V, (B, U), padded with `ignore_id`.
+        targets: Columns of V, (B, U), padded with `ignore_id`, on the host.
         smoothing: Probability that the target leaves to the other tokens.
         ignore_id: What pads targets.
         max_chunk: Scores that are held at once.
@@ -41,9 +43,10 @@ def smoothed_loss(
     Returns:
         The sum over all tokens, and how many of them get the highest score.
     """
-    real = (targets.flatten() != ignore_id).nonzero().squeeze(1)  # Padding is not scored.
-    rows = features.flatten(0, 1).index_select(0, real)
-    columns = targets.flatten().index_select(0, real)
+    targets = targets.flatten()
+    real = (targets != ignore_id).nonzero().squeeze(1)  # Padding is not scored.
+    rows = features.flatten(0, 1).index_select(0, send(real, features.device))
+    columns = send(targets[real], features.device)
     size = max(1, max_chunk // vocabulary)
 
     def of_chunk(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,8 @@ from espnet.nets.ctc_prefix_score import (
     score_vocabulary,
     start_prefixes,
 )
-from espnet.nets.scorer_interface import PartialScorerInterface
+from espnet.nets.pytorch_backend.encoded import Video, join_video
+from espnet.nets.scorer_interface import PartialScorerInterface, kept_utterances
 
 
 class LogPosteriors(Protocol):
@@ -51,10 +52,14 @@ class CTCPrefixScorer(PartialScorerInterface):
         self.blank = blank
 
     def init(
-        self, memory: torch.Tensor, memory_lengths: torch.Tensor, beam_size: int
+        self,
+        memory: torch.Tensor,
+        memory_lengths: torch.Tensor,
+        beam_size: int,
+        video: Video | None = None,
     ) -> CTCScorerState:
         """Compute the posteriors of the utterances, once, and start with empty prefixes."""
-        log_posteriors = self.ctc.log_softmax(memory)
+        log_posteriors = self.ctc.log_softmax(join_video(memory, video))
         prefixes = start_prefixes(log_posteriors, memory_lengths, beam_size, self.blank, self.eos)
         return CTCScorerState(prefixes)
 
@@ -83,5 +88,5 @@ class CTCPrefixScorer(PartialScorerInterface):
         probabilities = state.probabilities
         if probabilities is not None and prefixes.scores.size(0) < probabilities.size(0):
             beam = prefixes.scores.size(1)
-            probabilities = probabilities[index[::beam] // beam]
+            probabilities = probabilities[kept_utterances(index, beam)]
         return CTCScorerState(prefixes, probabilities=probabilities)

@@ -2,6 +2,7 @@
 
 import torch
 
+from espnet.nets.pytorch_backend.encoded import Video
 from espnet.nets.scorer_interface import ScorerInterface, State
 
 
@@ -15,9 +16,14 @@ class LengthBonus(ScorerInterface):
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
-    def init(self, memory: torch.Tensor, memory_lengths: torch.Tensor, beam_size: int) -> State:
+    def init(
+        self,
+        memory: torch.Tensor,
+        memory_lengths: torch.Tensor,  # noqa: ARG002
+        beam_size: int,  # noqa: ARG002
+        video: Video | None = None,  # noqa: ARG002
+    ) -> State:
         """Return the one score; nothing else is needed."""
-        del memory_lengths, beam_size
         return torch.ones((), dtype=torch.float32, device=memory.device)
 
     def score(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:

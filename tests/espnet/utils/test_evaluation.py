@@ -1,7 +1,7 @@
 import pytest
 
+from espnet.formats import CLEAN_SNR
 from espnet.utils.evaluation import Condition, all_conditions, count_errors
-from espnet.utils.recipes import CLEAN_SNR
 from espnet.utils.report import plot_learning_curve, plot_wer, wer_table
 
 

@@ -125,9 +125,9 @@ def load(path):
 @torch.no_grad()
 def run_model(model, inputs):
     x, lengths, targets = inputs
-    memory, frames = model.encode(x, lengths)
-    loss, _, loss_att, _ = model.losses(memory, frames, targets)
-    return [memory, loss, loss_att]
+    encoded = model.encode(x, lengths)
+    loss, _, loss_att, _ = model.losses(encoded, targets)
+    return [encoded.memory, loss, loss_att]
 
 
 def outputs_of(path):
@@ -229,10 +229,10 @@ def test_a_finetuned_whisper_is_exported_as_one_whisper(exported):
     model.eval()
     load_model(model, out / "model.pth")
     tokens = torch.tensor([[model.sos, 9, 40, 7]])
-    memory = model.encode(wave[None, :, None], torch.tensor([16_000]))
+    encoded = model.encode(wave[None, :, None], torch.tensor([16_000]))
     ids = torch.cat([torch.tensor([transform.prompt[:-1]]), tokens - 1], dim=1)
     expected = theirs(mel, decoder_input_ids=ids).logits[:, len(transform.prompt) - 1 :]
-    torch.testing.assert_close(model.decoder(tokens, *memory), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(model.decoder(tokens, *encoded[:2]), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_layers_that_are_not_used_are_exported_as_they_were(exported, tiny_checkpoints):

@@ -18,9 +18,10 @@ from espnet.nets.pytorch_backend.decoder.causal_lm_layers import (
 )
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
 from espnet.nets.pytorch_backend.decoder.memory_prefix import MemoryPrefix, join
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
-from espnet.nets.scorer_interface import ScorerInterface
+from espnet.nets.pytorch_backend.real_frames import RealFrames
+from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class CausalLMDecoderState:
     Attributes:
         beam_size: K.
         starts: Position of sos, (B,).
-        first_start: The smallest of them.
+        first_start: The smallest of them, and of those of utterances that are over.
         memory: For each block of cross-attention the keys and values of the memory,
             (B, H, T, D/H): one copy an utterance, whatever the beam.
         memory_mask: Real frames, (B, T), or None if all are real.
@@ -197,10 +198,11 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
             Hidden states after the final norm, (B, U, D).
         """
         hidden, starts = self._sequence(tokens, memory, memory_lengths)
-        mask = padding_mask(memory_lengths, memory.size(1))
+        mask = RealFrames.of(memory_lengths, memory).mask
         blocks = [partial(block, memory=memory, memory_mask=mask) for block in self.cross_attention]
         hidden = self._decode(hidden, blocks)
-        places = starts.unsqueeze(1) + torch.arange(tokens.size(1), device=tokens.device)
+        places = starts.unsqueeze(1) + torch.arange(tokens.size(1))
+        places = send(places, hidden.device)
         return hidden.gather(1, places.unsqueeze(2).expand(-1, -1, hidden.size(2)))
 
     def logits(self, features: Tensor) -> Tensor:
@@ -214,17 +216,17 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         hidden, starts = self._sequence(nothing, memory, memory_lengths)
         state = CausalLMDecoderState(
             beam_size=1,
-            starts=starts,
+            starts=send(starts, memory.device),
             first_start=int(starts.min()),
             memory=[block.project_memory(memory) for block in self.cross_attention],
-            memory_mask=padding_mask(memory_lengths, memory.size(1)),
+            memory_mask=RealFrames.of(memory_lengths, memory).mask,
             prefix=None,
             cache=DynamicCache(),
         )
         if not hidden.size(1):
             return replace(state, beam_size=beam_size)
         self._decode(hidden, self._blocks(state), cache=state.cache)
-        mask = padding_mask(starts, hidden.size(1))
+        mask = RealFrames.of(starts, hidden).mask
         distances = state.starts.unsqueeze(1) - torch.arange(hidden.size(1), device=hidden.device)
         prefix = SharedPrefix(
             state.cache,
@@ -264,11 +266,10 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         state.cache.reorder_cache(index)
         if complete:
             return state
-        kept = index[:: state.beam_size] // state.beam_size
+        kept = kept_utterances(index, state.beam_size)
         return replace(
             state,
             starts=state.starts[kept],
-            first_start=int(state.starts[kept].min()),
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
             memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
             prefix=None if state.prefix is None else state.prefix.keep(kept),
@@ -321,7 +322,8 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
             memory_lengths: Real frames, (B,).
 
         Returns:
-            Embeddings, (B, S, D), all padding at the end, and the position of sos, (B,).
+            Embeddings, (B, S, D), all padding at the end, and the position of sos, (B,), on the
+            host.
         """
         length = max(tokens.size(1), 1)  # A search begins with sos.
         before = (self.prompt[:-1] + self.first_token).expand(len(tokens), -1)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
+from espnet.nets.pytorch_backend.nets_utils import send
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 
 class MemoryPrefix(nn.Module):
@@ -40,7 +41,7 @@ class MemoryPrefix(nn.Module):
             Embeddings, (B, ceil(T / downsample), D), and how many are real, (B,). The frames that
             the last one of an utterance lacks are zero.
         """
-        memory = zero_padding(memory, padding_mask(lengths, memory.size(1)))
+        memory = RealFrames.of(lengths, memory).clear(memory)
         memory = F.pad(memory, (0, 0, 0, -memory.size(1) % self.downsample))
         stacked = memory.unflatten(1, (-1, self.downsample)).flatten(2)  # (B, T, E) -> (B, M, n·E)
         embeddings = self.norm(self.projection(stacked.to(self.norm.weight.dtype)))
@@ -62,10 +63,10 @@ def join(first: Tensor, lengths: Tensor, second: Tensor) -> Tensor:
         Sequences, (B, T + U, D); after the first `lengths` + U positions there is no sense.
     """
     both = torch.cat([first, second], dim=1)
-    if padding_mask(lengths, first.size(1)) is None:
+    if int(lengths.min()) == first.size(1):
         return both
-    places = torch.arange(both.size(1), device=both.device)
+    places = torch.arange(both.size(1))
     skipped = (first.size(1) - lengths).unsqueeze(1)
     index = torch.where(places < lengths.unsqueeze(1), places, places + skipped)
-    index = index.clamp(max=both.size(1) - 1)
+    index = send(index.clamp(max=both.size(1) - 1), both.device)
     return both.gather(1, index.unsqueeze(2).expand_as(both))

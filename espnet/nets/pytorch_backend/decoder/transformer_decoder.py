@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet.nets.pytorch_backend.decoder.token_cache import TokenCache
-from espnet.nets.pytorch_backend.nets_utils import padding_mask
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.pytorch_backend.transformer.attention import MultiHeadedAttention
 from espnet.nets.pytorch_backend.transformer.embedding import PositionalEncoding
 from espnet.nets.pytorch_backend.transformer.positionwise_feed_forward import (
     PositionwiseFeedForward,
 )
-from espnet.nets.scorer_interface import ScorerInterface
+from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 LAYER_NORM_EPS = 1e-12  # that of published checkpoints
 
@@ -164,7 +164,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
 
     def features(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
         """What `logits` scores the next tokens by, (B, U, D); arguments as for `forward`."""
-        memory_mask = _attention_mask(memory_lengths, memory.size(1))
+        memory_mask = _attention_mask(memory_lengths, memory)
         x = self.embed(tokens)
         for layer in self.decoders:
             x = layer(x, memory, memory_mask)
@@ -184,7 +184,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         return DecoderState(
             beam_size=beam_size,
             memory=projections,
-            memory_mask=_attention_mask(memory_lengths, memory.size(1)),
+            memory_mask=_attention_mask(memory_lengths, memory),
             # Unless told otherwise, a text has as many tokens as frames at most.
             cache=TokenCache(len(projections), projections[0][0].size(1), memory.size(1)),
         )
@@ -205,7 +205,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         state.cache.reorder(index)
         if len(index) == state.beam_size * len(state.memory[0][0]):
             return state
-        kept = index[:: state.beam_size] // state.beam_size
+        kept = kept_utterances(index, state.beam_size)
         return replace(
             state,
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
@@ -213,7 +213,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         )
 
 
-def _attention_mask(lengths: Tensor, max_length: int) -> Tensor | None:
+def _attention_mask(lengths: Tensor, memory: Tensor) -> Tensor | None:
     """Real frames in the shape that attention takes, (B, 1, 1, T), or None if all are real."""
-    mask = padding_mask(lengths, max_length)
+    mask = RealFrames.of(lengths, memory).mask
     return None if mask is None else mask[:, None, None, :]

@@ -12,9 +12,11 @@ from transformers import DynamicCache, WhisperForCausalLM
 
 from espnet.nets.decoders import DECODERS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule, padding_mask
+from espnet.nets.pytorch_backend.encoded import Video
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 from espnet.nets.pytorch_backend.pretrained import cache_argument, load_pretrained
-from espnet.nets.scorer_interface import ScorerInterface
+from espnet.nets.pytorch_backend.real_frames import RealFrames
+from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 
 @dataclass(frozen=True)
@@ -25,16 +27,18 @@ class WhisperState:
         beam_size: K.
         memory: For each layer the keys and values of the memory, (B, H, T, D/H): one copy an
             utterance, whatever the beam.
-        video: For each layer those of the video; empty without video.
-        memory_mask: Real frames, (B, T), or None if all are real.
+        memory_mask: Real frames of it, (B, T), or None if all are real.
+        video: For each layer keys and values of the video; empty without video.
+        video_mask: Real frames of it, (B, T'), or None if all are real.
         cache: Self-attention keys and values of the prompt and the tokens, of B·K rows; changed
             in place.
     """
 
     beam_size: int
     memory: list[tuple[Tensor, Tensor]]
-    video: list[tuple[Tensor, Tensor]]
     memory_mask: Tensor | None
+    video: list[tuple[Tensor, Tensor]]
+    video_mask: Tensor | None
     cache: DynamicCache
 
 
@@ -61,7 +65,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         gradient_checkpointing: Whether training computes the blocks again for their gradients;
             they flow through frozen blocks too, to the encoder.
         suppress: The tokenizer's ids that no text holds, such as its special tokens.
-        video_dim: Features of the video, V, that follow the M of the memory; 0 for no video.
+        video_dim: Features of the video beside the memory, V; 0 for no video.
         dropout_rate: Dropout of the gated attention to video.
         dtype: Precision of the checkpoint's weights.
         quantize: Whether its linear layers go into 4 bits while they are loaded.
@@ -104,9 +108,10 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         self.gradient_checkpointing = gradient_checkpointing
         self.positions = config.max_target_positions
         self.prompt = tuple(prompt)
+        prefix = torch.tensor(prompt[:-1], dtype=torch.int64)
+        self.register_buffer("prefix", prefix, persistent=False)
         self.eos = eos
         self.odim = self.first_token + config.vocab_size
-        self.memory_dim = memory_dim
         self.memory_projection = (
             nn.Identity() if memory_dim == config.d_model else nn.Linear(memory_dim, config.d_model)
         )
@@ -124,26 +129,40 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         """Most tokens of a text, without start and end symbol, whatever the frames of memory."""
         return self.positions - len(self.prompt)
 
-    def forward(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        memory_lengths: Tensor,
+        video: Video | None = None,
+    ) -> Tensor:
         """Scores every next token of given sequences.
 
         Args:
             tokens: Token ids that begin with sos, (B, U).
-            memory: Encoder output, (B, T, M + V).
+            memory: Encoder output, (B, T, M).
             memory_lengths: Real frames, (B,).
+            video: What the gated blocks attend to, if there are any.
 
         Returns:
             Unnormalised scores of the tokens that follow, (B, U, odim - 1): without the blank.
         """
-        return self.logits(self.features(tokens, memory, memory_lengths))
+        return self.logits(self.features(tokens, memory, memory_lengths, video))
 
-    def features(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        memory_lengths: Tensor,
+        video: Video | None = None,
+    ) -> Tensor:
         """Hidden states of given sequences, each of which follows the prompt.
 
         Args:
             tokens: Token ids that begin with sos, (B, U).
-            memory: Encoder output, (B, T, M + V).
+            memory: Encoder output, (B, T, M).
             memory_lengths: Real frames, (B,).
+            video: As for `forward`.
 
         Returns:
             What the output layer takes, (B, U, D).
@@ -157,32 +176,40 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
                 f"a text has {tokens.size(1) - 1} tokens, but the Whisper decoder takes at most "
                 f"{longest} after its prompt: leave the utterance out, or shorten its text"
             )
-        audio, video = self._split_memory(memory)
-        mask = padding_mask(memory_lengths, memory.size(1))
+        mask = RealFrames.of(memory_lengths, memory).mask
+        frames = None if video is None else video.features
+        attended = (self._project(memory), mask, frames, _mask_of(video))
         prefix = self._prefix(tokens)
         x = self._embed(torch.cat([prefix, tokens - self.first_token], dim=1), offset=0)
         # Transformers' own checkpointing leaves frozen layers out, which are in eval mode.
         again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for block in self._blocks():
             if again:
-                x = checkpoint(_apply_block, *block, x, audio, video, mask, use_reentrant=False)
+                x = checkpoint(_apply_block, *block, x, *attended, use_reentrant=False)
             else:
-                x = _apply_block(*block, x, audio, video, mask)
+                x = _apply_block(*block, x, *attended)
         return self.backbone.model.decoder.layer_norm(x[:, prefix.size(1) :])
 
     def logits(self, features: Tensor) -> Tensor:
         """Applies the output layer, (..., D) -> (..., odim - 1); nothing is suppressed."""
         return self.backbone.proj_out(features)
 
-    def init(self, memory: Tensor, memory_lengths: Tensor, beam_size: int) -> WhisperState:
+    def init(
+        self,
+        memory: Tensor,
+        memory_lengths: Tensor,
+        beam_size: int,
+        video: Video | None = None,
+    ) -> WhisperState:
         """Projects the memory and reads the prompt, once an utterance. See `ScorerInterface`."""
-        audio, video = self._split_memory(memory)
+        projected = self._project(memory)
         attentions = [layer.encoder_attn for layer, _ in self._blocks()]
         state = WhisperState(
             beam_size=1,
-            memory=[_project(attention, audio) for attention in attentions],
-            video=[gated.project_memory(video) for gated in self.video_attention],
-            memory_mask=padding_mask(memory_lengths, memory.size(1)),
+            memory=[_keys_and_values(attention, projected) for attention in attentions],
+            memory_mask=RealFrames.of(memory_lengths, memory).mask,
+            video=[gated.project_memory(video.features) for gated in self.video_attention],
+            video_mask=_mask_of(video),
             cache=DynamicCache(),
         )
         prefix = self._prefix(memory)
@@ -218,12 +245,13 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         state.cache.reorder_cache(index)
         if len(index) == utterances * state.beam_size:
             return state
-        kept = index[:: state.beam_size] // state.beam_size
+        kept = kept_utterances(index, state.beam_size)
         return replace(
             state,
             memory=[(keys[kept], values[kept]) for keys, values in state.memory],
-            video=[(keys[kept], values[kept]) for keys, values in state.video],
             memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
+            video=[(keys[kept], values[kept]) for keys, values in state.video],
+            video_mask=None if state.video_mask is None else state.video_mask[kept],
         )
 
     def _advance(self, ids: Tensor, state: WhisperState) -> Tensor:
@@ -241,7 +269,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         x = self._embed(ids, offset=state.cache.get_seq_length())
         for index, (layer, gated) in enumerate(self._blocks()):
             if gated is not None:
-                x = gated.attend(x, *state.video[index], mask, beam_size)
+                x = gated.attend(x, *state.video[index], state.video_mask, beam_size)
             normed = layer.self_attn_layer_norm(x)
             cached = {cache_argument(type(layer.self_attn)): state.cache}
             x = x + layer.self_attn(normed, **cached)[0]
@@ -265,15 +293,13 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
 
     def _prefix(self, batch: Tensor) -> Tensor:
         """The prompt before sos for each row of a batch, (B, P - 1)."""
-        prefix = torch.tensor(self.prompt[:-1], dtype=torch.int64, device=batch.device)
-        return prefix.expand(len(batch), -1)
+        return self.prefix.expand(len(batch), -1)
 
-    def _split_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Parts the memory (B, T, M + V) into the checkpoint's, (B, T, D), and the video's."""
-        audio = self.memory_projection(memory[..., : self.memory_dim])
-        if self.backbone.dtype != torch.float32:
-            audio = audio.to(self.backbone.dtype)
-        return audio, memory[..., self.memory_dim :]
+    def _project(self, memory: Tensor) -> Tensor:
+        """The memory in the checkpoint's size and precision, (B, T, M) -> (B, T, D)."""
+        memory = self.memory_projection(memory)
+        half = self.backbone.dtype != torch.float32
+        return memory.to(self.backbone.dtype) if half else memory
 
     def _suppress(self, suppress: tuple[int, ...]) -> None:
         """Marks the ids (odim,) that search leaves out: always, as first token, at the end."""
@@ -322,9 +348,10 @@ def _apply_block(
     layer: nn.Module,
     gated: GatedCrossAttention | None,
     x: Tensor,
-    audio: Tensor,
-    video: Tensor,
+    memory: Tensor,
     mask: Tensor | None,
+    video: Tensor | None,
+    video_mask: Tensor | None,
 ) -> Tensor:
     """Applies one of `_blocks` to whole sequences; a token sees none that follow it.
 
@@ -332,17 +359,23 @@ def _apply_block(
         layer: Layer of the checkpoint.
         gated: Attention to the video, if there is any.
         x: Token features, (B, U, D).
-        audio: The checkpoint's memory, (B, T, D).
-        video: The video's, (B, T, V).
-        mask: Real frames, (B, T), or None if all are real.
+        memory: In the checkpoint's size, (B, T, D).
+        mask: Real frames of it, (B, T), or None if all are real.
+        video: Features of the video, (B, T', V), if there is any.
+        video_mask: Real frames of it, (B, T'), or None if all are real.
 
     Returns:
         Token features, (B, U, D).
     """
     if gated is not None:
-        x = gated(x, video, mask)
+        x = gated(x, video, video_mask)
     attended = None if mask is None else mask[:, None, None]  # (B, T) -> (B, 1, 1, T)
-    return layer(x, None, audio, attended, use_cache=False)  # None: causal, without padding
+    return layer(x, None, memory, attended, use_cache=False)  # None: causal, without padding
+
+
+def _mask_of(video: Video | None) -> Tensor | None:
+    """Real frames, (B, T'), or None if all are real, or there is no video."""
+    return None if video is None else RealFrames.of(video.lengths, video.features).mask
 
 
 def _heads(attention: nn.Module, x: Tensor) -> Tensor:
@@ -350,7 +383,7 @@ def _heads(attention: nn.Module, x: Tensor) -> Tensor:
     return x.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
 
 
-def _project(attention: nn.Module, memory: Tensor) -> tuple[Tensor, Tensor]:
+def _keys_and_values(attention: nn.Module, memory: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of a memory (B, T, D), each (B, H, T, D/H)."""
     return (
         _heads(attention, attention.k_proj(memory)),

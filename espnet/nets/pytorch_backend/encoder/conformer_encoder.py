@@ -109,7 +109,7 @@ class ConformerEncoder(nn.Module):
         Returns:
             Encoded features, (B, T, D), zero where padded.
         """
-        real = RealFrames.of(lengths, x.size(1))
+        real = RealFrames.of(lengths, x)
         encoding = self.embed.distances(x)
         x = self.embed(real.pack(x))
         for layer in self.encoders:

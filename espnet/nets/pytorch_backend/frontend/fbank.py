@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.formats import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.frontend.mel import mel_filters
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLES_PER_FRAME, split_into_frames
+from espnet.nets.pytorch_backend.frontend.waveform import split_into_frames
 from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
 WINDOW, HOP, FFT_SIZE = 400, 160, 512  # samples: 25 ms, 10 ms

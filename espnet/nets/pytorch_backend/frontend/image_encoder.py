@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from datamodule.transforms import VIDEO_MEAN, VIDEO_STD
+from espnet.formats import VIDEO_MEAN, VIDEO_STD
 from espnet.nets.encoders import POOLINGS
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
-from espnet.nets.pytorch_backend.nets_utils import padding_mask
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +81,10 @@ class ImageEncoder(PretrainedEncoder):
         Returns:
             Features, (B, T, D), zero where padded, and their lengths, (B,).
         """
-        frames = x.flatten(0, 1)  # (B, T, 1, H, W) -> (B·T, 1, H, W)
-        mask = padding_mask(lengths, x.size(1))
-        real = None if mask is None else mask.flatten().nonzero().squeeze(1)
-        if real is not None:
-            frames = frames.index_select(0, real)
+        real = RealFrames.of(lengths, x)
+        frames = real.pack(x)  # (B, T, 1, H, W) -> (N, 1, H, W)
         features = torch.cat([self._chunk(chunk) for chunk in frames.split(self.chunk_frames)])
-        if real is not None:
-            padded = features.new_zeros(x.size(0) * x.size(1), self.output_dim)
-            features = padded.index_copy(0, real, features)
-        return features.view(x.size(0), x.size(1), self.output_dim), lengths
+        return real.pad(features), lengths
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of videos of given lengths in frames: one each."""

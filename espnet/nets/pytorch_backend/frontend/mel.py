@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.audio_utils import mel_filter_bank
 
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
+from espnet.formats import AUDIO_RATE
 
 
 def mel_filters(
@@ -36,7 +36,7 @@ def mel_filters(
         num_mel_filters=mels,
         min_frequency=lowest_hz,
         max_frequency=highest_hz,
-        sampling_rate=SAMPLE_RATE,
+        sampling_rate=AUDIO_RATE,
         norm="slaney" if normalised else None,
         mel_scale=scale,
     )

@@ -112,7 +112,7 @@ class Conv3dResNet(nn.Module):
         Returns:
             Features, (B, T, 8·width), zero where padded, and their lengths, (B,).
         """
-        real = RealFrames.of(lengths, x.size(1))
+        real = RealFrames.of(lengths, x)
         frames = self._convolve(real.pack(x.squeeze(2)), real)
         _, norm, activation, pooling = self.frontend3D
         frames = activation(norm(frames.unsqueeze(2)).squeeze(2))

@@ -6,11 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from espnet.nets.pytorch_backend.frontend.waveform import (
-    SAMPLE_RATE,
-    SAMPLES_PER_FRAME,
-    split_into_frames,
-)
+from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME
+from espnet.nets.pytorch_backend.frontend.waveform import split_into_frames
 from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
 LOWEST_HZ, HIGHEST_HZ = 100, 7000  # centres of the first convolution's filters at the start
@@ -33,7 +30,7 @@ def filter_bank(filters: int) -> Tensor:
     low, high = (2595 * math.log10(1 + hertz / 700) for hertz in (LOWEST_HZ, HIGHEST_HZ))
     mel = low + torch.arange(filters) * ((high - low) / max(1, filters - 1))
     centres = 700 * (10 ** (mel / 2595) - 1)
-    seconds = (torch.arange(KERNEL) - (KERNEL - 1) / 2) / SAMPLE_RATE
+    seconds = (torch.arange(KERNEL) - (KERNEL - 1) / 2) / AUDIO_RATE
     # The phases differ, so that neighbours with overlapping bands are not alike.
     phases = torch.arange(filters) * (math.pi / 2)
     waves = torch.cos(2 * math.pi * centres[:, None] * seconds + phases[:, None])

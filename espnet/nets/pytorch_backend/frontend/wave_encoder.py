@@ -6,8 +6,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
-from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.pretrained import enable_gradient_checkpointing
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 SAMPLES_PER_FEATURE = 320  # 50 features a second
 
@@ -43,13 +44,13 @@ class WaveEncoder(PretrainedEncoder):
         """
         frames = self.output_lengths(lengths)
         x = x[:, : int(lengths.max())]
-        mask = padding_mask(lengths, x.size(1))
-        if mask is None:
+        real = RealFrames.of(lengths, x)
+        if not real.ragged:
             return self.encode(x.squeeze(-1), lengths, frames), frames
-        order = lengths.argsort(descending=True)  # as packing wants them
-        waves = zero_padding(x, mask).squeeze(-1)[order]
+        order = lengths.argsort(descending=True)  # as blocks of attention want them
+        waves = real.clear(x).squeeze(-1)[send(order, x.device)]
         features = self.encode(waves, lengths[order], frames[order])
-        return features[order.argsort()], frames
+        return features[send(order.argsort(), x.device)], frames
 
     def output_lengths(self, lengths: Tensor) -> Tensor:
         """Features of waveforms of given lengths in samples."""

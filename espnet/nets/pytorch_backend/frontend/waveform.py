@@ -2,10 +2,8 @@
 
 from torch import Tensor
 
+from espnet.formats import SAMPLES_PER_FRAME
 from espnet.nets.pytorch_backend.real_frames import RealFrames
-
-SAMPLE_RATE = 16000
-SAMPLES_PER_FRAME = 640  # at 25 frames a second
 
 
 def split_into_frames(x: Tensor, lengths: Tensor) -> tuple[Tensor, RealFrames]:
@@ -19,6 +17,6 @@ def split_into_frames(x: Tensor, lengths: Tensor) -> tuple[Tensor, RealFrames]:
         Frames, (N, 640, 1), and where they are among the B·(S // 640).
     """
     length = x.size(1) // SAMPLES_PER_FRAME
-    real = RealFrames.of(lengths // SAMPLES_PER_FRAME, length)
     frames = x[:, : length * SAMPLES_PER_FRAME].unflatten(1, (length, SAMPLES_PER_FRAME))
+    real = RealFrames.of(lengths // SAMPLES_PER_FRAME, frames)
     return real.pack(frames), real

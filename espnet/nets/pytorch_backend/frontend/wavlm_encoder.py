@@ -10,10 +10,11 @@ from transformers import WavLMModel
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from espnet.nets.encoders import AUDIO_ENCODERS
-from espnet.nets.pytorch_backend.frontend.packing import Packing, attend, pack, pad
+from espnet.nets.pytorch_backend.frontend.packed_attention import attend
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
-from espnet.nets.pytorch_backend.nets_utils import padding_mask, zero_padding
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 RECEPTIVE_FIELD = 400  # samples that a feature of the convolutions sees
 
@@ -35,15 +36,15 @@ class PackedAttention(WavLMAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Packing | None = None,
+        attention_mask: RealFrames,
         position_bias: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None, Tensor]:
         """Attends within each utterance, with a bias for the distance that each query gates.
 
         Args:
-            hidden_states: (1, N, D) packed, or (B, T, D).
-            attention_mask: The packing, which layers pass on in place of a mask.
+            hidden_states: Packed, (1, N, D).
+            attention_mask: Where they are, which layers pass on in place of a mask.
             position_bias: Bias of relative positions, (H, T, T); None in the first layer, which
                 makes it.
             **_: What transformers passes besides.
@@ -55,12 +56,10 @@ class PackedAttention(WavLMAttention):
             project(hidden_states).unflatten(-1, (self.num_heads, -1))
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        packing = attention_mask
         if position_bias is None:
-            length = query.size(1) if packing is None else packing.mask.size(1)
-            position_bias = self.compute_bias(length, length)
+            position_bias = self.compute_bias(attention_mask.length, attention_mask.length)
         attended = attend(
-            *(query, key, value, packing),
+            *(query, key, value, attention_mask),
             gates=self.gates(hidden_states),
             position_bias=position_bias,
             dropout=self.dropout if self.training else 0.0,
@@ -135,14 +134,12 @@ class WavLMEncoder(WaveEncoder):
         """
         waves = F.pad(waves, (0, max(0, RECEPTIVE_FIELD - waves.size(1))))
         x, lengths = self.convolve_waves(waves, samples.clamp(min=RECEPTIVE_FIELD))
-        packing = Packing.of(lengths)
-        if packing is None:  # (1, N, C) of nearly equal waveforms, or (B, T, C) -> (B, T, C)
-            x = x.reshape(len(waves), -1, x.size(2))
-        features = pad(self.choose(self.hidden_states(x, packing)), packing)
-        length = int(frames.max())
-        source = torch.arange(length, device=waves.device).minimum(lengths[:, None] - 1)  # (B, T)
-        features = features.gather(1, source[..., None].expand(-1, -1, features.size(2)))
-        return zero_padding(features, padding_mask(frames, length))
+        convolved = RealFrames(lengths, int(lengths.max()), waves.device)
+        features = convolved.pad(self.choose(self.hidden_states(x, convolved))[0])
+        source = torch.arange(int(frames.max())).minimum(lengths[:, None] - 1)  # (B, T)
+        source = send(source, waves.device)[..., None].expand(-1, -1, features.size(2))
+        features = features.gather(1, source)
+        return RealFrames.of(frames, features).clear(features)
 
     def convolve_waves(self, waves: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the convolutions, to waveforms of different length end to end.
@@ -152,41 +149,41 @@ class WavLMEncoder(WaveEncoder):
             samples: Real samples, (B,), likewise.
 
         Returns:
-            Features, (B, T, C), or (1, N, C) of waveforms of different length; their lengths, (B,).
+            Features of all, one after the other, (1, N, C); their lengths, (B,).
         """
         config = self.backbone.config
         lengths = [samples]
         for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
             lengths.append((lengths[-1] - kernel) // stride + 1)
         layers = self.backbone.feature_extractor.conv_layers
-        if padding_mask(samples, waves.size(1)) is None:
+        if int(samples.min()) == waves.size(1):
             x = waves[:, None]
             for layer in layers:
                 x = layer(x)
-            return x.transpose(1, 2), lengths[-1]
-        x, slots, real = _end_to_end(waves, samples, lengths[-1])
+            return x.transpose(1, 2).reshape(1, -1, x.size(1)), lengths[-1]
+        x, slots = _end_to_end(waves, samples)
         for index, layer in enumerate(layers):
             if config.feat_extract_norm == "group" and index == 0:
-                sizes = slots * (SAMPLES_PER_FEATURE // config.conv_stride[0])
+                sizes = slots.lengths * (SAMPLES_PER_FEATURE // config.conv_stride[0])
                 x = _norm_each(layer.layer_norm, layer.conv(x), sizes.tolist(), lengths[1].tolist())
                 x = layer.activation(x)
             else:
                 x = layer(x)
-        return x.transpose(1, 2).index_select(1, real), lengths[-1]
+        return x.transpose(1, 2).index_select(1, slots.first(lengths[-1])), lengths[-1]
 
-    def hidden_states(self, x: Tensor, packing: Packing | None) -> Iterator[Tensor]:
+    def hidden_states(self, x: Tensor, real: RealFrames) -> Iterator[Tensor]:
         """The input of the first layer, and the output of each layer.
 
         Args:
-            x: Features of the convolutions, (1, N, C) packed, or (B, T, C).
-            packing: Of the features, or None if they are not packed.
+            x: Features of the convolutions, (1, N, C).
+            real: Where they are.
 
         Yields:
-            Hidden states, (1, N, D) or (B, T, D) each.
+            Hidden states, (1, N, D) each.
         """
         encoder = self.backbone.encoder
         state, _ = self.backbone.feature_projection(x)
-        state = state + pack(encoder.pos_conv_embed(pad(state, packing)), packing)
+        state = state + real.pack(encoder.pos_conv_embed(real.pad(state[0])))
         if not self.backbone.config.do_stable_layer_norm:
             state = encoder.layer_norm(state)
         if self.backbone.feature_projection.training:  # else what comes before is frozen
@@ -194,11 +191,11 @@ class WavLMEncoder(WaveEncoder):
         yield state
         bias = None  # of relative positions: the first layer's serves all
         for layer in self.layers:
-            state, bias = layer(state, attention_mask=packing, position_bias=bias)
+            state, bias = layer(state, attention_mask=real, position_bias=bias)
             yield state
 
 
-def _end_to_end(waves: Tensor, samples: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _end_to_end(waves: Tensor, samples: Tensor) -> tuple[Tensor, RealFrames]:
     """Lays waveforms end to end, so that convolutions without padding compute little in vain.
 
     Each begins at a multiple of the convolutions' joint stride, so that its features are those
@@ -207,19 +204,15 @@ def _end_to_end(waves: Tensor, samples: Tensor, lengths: Tensor) -> tuple[Tensor
     Args:
         waves: (B, S), zero where padded.
         samples: Real samples, (B,).
-        lengths: Features of each, (B,).
 
     Returns:
-        The row, (1, 1, N·320); strides that each waveform takes, (B,), N in all; which of N
-        features are real.
+        The row, (1, 1, N·320); the strides that waveforms take, N in all.
     """
-    slots = -(-samples // SAMPLES_PER_FEATURE)
-    number = int(slots.max())
+    number = -(-waves.size(1) // SAMPLES_PER_FEATURE)
     waves = F.pad(waves, (0, number * SAMPLES_PER_FEATURE - waves.size(1)))
-    place = torch.arange(number, device=waves.device)
-    taken = place < slots[:, None]  # (B, N')
-    row = waves.unflatten(1, (number, SAMPLES_PER_FEATURE))[taken].view(1, 1, -1)
-    return row, slots, (place < lengths[:, None])[taken].nonzero().squeeze(1)
+    strides = waves.unflatten(1, (number, SAMPLES_PER_FEATURE))
+    slots = RealFrames.of(-(-samples // SAMPLES_PER_FEATURE), strides)
+    return slots.pack(strides).view(1, 1, -1), slots
 
 
 def _norm_each(norm: nn.GroupNorm, x: Tensor, sizes: list[int], lengths: list[int]) -> Tensor:

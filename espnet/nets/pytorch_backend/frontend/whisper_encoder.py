@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.whisper.modeling_whisper import WhisperEncoder as WhisperBackbone
 
+from espnet.formats import AUDIO_RATE
 from espnet.nets.encoders import AUDIO_ENCODERS
-from espnet.nets.pytorch_backend.frontend.packing import ATTENTION, Packing, pack, pad
+from espnet.nets.pytorch_backend.frontend.packed_attention import ATTENTION
 from espnet.nets.pytorch_backend.frontend.wave_encoder import SAMPLES_PER_FEATURE, WaveEncoder
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 from espnet.nets.pytorch_backend.frontend.whisper_log_mel import WhisperLogMel
-from espnet.nets.pytorch_backend.nets_utils import zero_padding
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 CONVOLUTION_STRIDE = 2  # log-mel features for one of the encoder's
 
@@ -102,37 +102,35 @@ class WhisperEncoder(WaveEncoder):
         length = -(-waves.size(1) // SAMPLES_PER_FEATURE)
         if length > self.positions:
             raise ValueError(
-                f"an utterance lasts {waves.size(1) / SAMPLE_RATE:.1f} s, but Whisper's encoder "
+                f"an utterance lasts {waves.size(1) / AUDIO_RATE:.1f} s, but Whisper's encoder "
                 f"takes at most {self.positions / self.frame_rate:g} s: leave it out, cut it, or "
                 "choose another --audio-encoder"
             )
-        packing = Packing.of(frames)
-        mel = self.log_mel(waves, CONVOLUTION_STRIDE * min(length + self.margin, self.positions))
-        return pad(self.choose(self.hidden_states(mel, packing)), packing)
+        real = RealFrames(frames, int(frames.max()), waves.device)
+        mel = self.log_mel(waves, CONVOLUTION_STRIDE * real.length)
+        return real.pad(self.choose(self.hidden_states(mel, real))[0])
 
-    def hidden_states(self, mel: Tensor, packing: Packing | None) -> Iterator[Tensor]:
+    def hidden_states(self, mel: Tensor, real: RealFrames) -> Iterator[Tensor]:
         """The input of the first layer, and the output of each layer.
 
         Args:
             mel: Log-mel features, (B, 2·T, mels).
-            packing: Of the hidden states, or None to leave them as they are.
+            real: Where the hidden states are.
 
         Yields:
-            Hidden states, packed, (1, N, D), or (B, T, D) each.
+            Hidden states, packed, (1, N, D) each.
         """
         backbone = self.backbone
-        mask = None
-        if packing is not None:
-            mask = packing.mask.repeat_interleave(CONVOLUTION_STRIDE, dim=1)
         mel = mel.to(backbone.conv1.weight.dtype)
-        x = zero_padding(mel, mask).transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
+        mel = RealFrames.of(CONVOLUTION_STRIDE * real.lengths, mel).clear(mel)
+        x = mel.transpose(1, 2)  # (B, 2·T, mels) -> (B, mels, 2·T)
         # The second convolution, with stride 2, never sees beyond 2·T.
         x = F.gelu(backbone.conv2(F.gelu(backbone.conv1(x)))).transpose(1, 2)  # -> (B, T, D)
-        state = pack(x + backbone.embed_positions.weight[: x.size(1)], packing)
+        state = real.pack(x + backbone.embed_positions.weight[: x.size(1)])[None]
         state = F.dropout(state, backbone.dropout, backbone.conv1.training)
         for index, layer in enumerate(self.layers, start=1):
             yield state
-            state = layer(state, packing)
+            state = layer(state, real)
             if index == backbone.config.encoder_layers:
                 state = backbone.layer_norm(state)
         yield state

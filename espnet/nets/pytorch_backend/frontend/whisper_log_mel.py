@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.formats import AUDIO_RATE
 from espnet.nets.pytorch_backend.frontend.mel import mel_filters
-from espnet.nets.pytorch_backend.frontend.waveform import SAMPLE_RATE
 
 FFT_SIZE = 400  # samples, 25 ms, which is the window too
 HOP = 160  # samples, 10 ms
@@ -26,7 +26,7 @@ class WhisperLogMel(nn.Module):
     def __init__(self, mels: int = 80) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(FFT_SIZE), persistent=False)
-        filters = mel_filters(FFT_SIZE, mels, 0.0, SAMPLE_RATE / 2, scale="slaney", normalised=True)
+        filters = mel_filters(FFT_SIZE, mels, 0.0, AUDIO_RATE / 2, scale="slaney", normalised=True)
         self.register_buffer("filters", filters, persistent=False)  # (FFT_SIZE / 2 + 1, mels)
 
     def forward(self, waves: Tensor, frames: int) -> Tensor:

@@ -129,7 +129,7 @@ def test_there_is_a_ctc_layer_where_ctc_has_a_share(make, transforms):
 def test_the_loss_is_that_of_the_checkpoints_own_vocabulary(make, transforms, decoder):
     model = make(decoder, label_smoothing=0.0, ctc_weight=0.0).eval()
     x, lengths, targets = batch(transforms[decoder])
-    memory, frames = model.encode(x, lengths)
+    memory, frames, _ = model.encode(x, lengths)
     total = 0.0
     for row, target in enumerate(targets):
         words = target[target != -1]
@@ -163,7 +163,7 @@ def test_finished_utterances_may_be_searched_on_for_some_steps(
     model = make(decoder, ctc_weight=0.0).eval()
     transform = transforms[decoder]
     x, lengths, _ = batch(transform)
-    memory, frames = model.encode(x, lengths)
+    memory, frames, _ = model.encode(x, lengths)
     found = []
     for interval in (1, 5):
         monkeypatch.setitem(batch_beam_search.STOP_TEST_INTERVAL, "cpu", interval)
@@ -250,9 +250,9 @@ def test_whisper_at_the_start_teacher_forced(
     model = make("whisper", modality, **WHISPER_ALONE, **options).eval()
     transform = transforms["whisper"]
     text = transform.tokenize("bin blue at f two now")
-    ours = model.decoder(
-        torch.cat([torch.tensor([model.sos]), text])[None], *encode(model, utterance)
-    )
+    encoded = encode(model, utterance)
+    tokens = torch.cat([torch.tensor([model.sos]), text])[None]
+    ours = model.decoder(tokens, encoded.memory, encoded.lengths, **encoded.beside)
     ids = torch.cat([torch.tensor(transform.prompt), text - 1])[None]
     theirs = whisper(input_features=utterance[2], decoder_input_ids=ids).logits
     # Features differ by the rounding of the log-mel filters.
@@ -304,14 +304,14 @@ def test_whisper_at_the_start_on_a_short_utterance(make, whisper, transforms, mo
     x, lengths = ({s: of[s] for s in model.streams} for of in (x, lengths))
     transform = transforms["whisper"]
     tokens = torch.tensor([model.sos, *transform.tokenize("bin blue at f two now")])[None]
-    memory, memory_lengths = model.encode(x, lengths)
-    assert memory_lengths.tolist() == [1500]
+    encoded = model.encode(x, lengths)
+    assert encoded.lengths.tolist() == [1500]
     extractor = WhisperFeatureExtractor()
     mel = extractor(x["audio"][0, :, 0].numpy(), sampling_rate=16000, return_tensors="pt")
     ids = torch.cat([torch.tensor([transform.prompt[:-1]]), tokens - 1], dim=1)
     theirs = whisper(input_features=mel.input_features, decoder_input_ids=ids).logits
     expected = theirs[:, len(transform.prompt) - 1 :]
-    ours = model.decoder(tokens, memory, memory_lengths)
+    ours = model.decoder(tokens, encoded.memory, encoded.lengths, **encoded.beside)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -336,7 +336,7 @@ def test_what_whispers_decoder_attends_to_ends_with_silence(
     model = make(decoder, modality, **options).eval()
     x, lengths = two_seconds()
     x, lengths = ({s: of[s] for s in model.streams} for of in (x, lengths))
-    memory, memory_lengths = model.encode(x, lengths)
+    memory, memory_lengths, _ = model.encode(x, lengths)
     assert memory.size(1) == frames
     assert memory_lengths.tolist() == [frames]
 
@@ -347,12 +347,47 @@ def test_silence_stands_after_each_utterance_of_a_batch(make, transforms):
     torch.nn.init.normal_(model.missing_audio)
     torch.nn.init.normal_(model.proj_encoder.weight, std=0.1)
     x, lengths, _ = batch(transforms["whisper"])
-    memory, memory_lengths = model.encode(x, lengths)
+    memory, memory_lengths, _ = model.encode(x, lengths)
     assert memory_lengths.tolist() == [2 * frames + 100 for frames in FRAMES]
     for row, frames in enumerate(FRAMES):
         one = {"video": x["video"][[row], :frames], "audio": x["audio"][[row], : 640 * frames]}
-        alone, length = model.encode(one, {s: v[[row]] for s, v in lengths.items()})
+        alone, length, _ = model.encode(one, {s: v[[row]] for s, v in lengths.items()})
         torch.testing.assert_close(memory[[row], : int(length)], alone)
     # Without its audio, an utterance is as long.
-    _, without = model.encode({"video": x["video"]}, {"video": lengths["video"]})
+    _, without, _ = model.encode({"video": x["video"]}, {"video": lengths["video"]})
     assert without.tolist() == memory_lengths.tolist()
+
+
+@torch.no_grad()
+def test_gated_video_has_a_length_of_its_own(make, transforms):
+    """Neither the silence after the audio nor what pads the video is seen in it."""
+    options = {**WHISPER_ALONE, "whisper_gated_video": True, "ctc_weight": 0.3}
+    model = make("whisper", "audiovisual", **options).eval()
+    for gated in model.decoder.video_attention:
+        for name, parameter in gated.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(0.5)
+    x, lengths, targets = batch(transforms["whisper"])
+    lengths["video"] = lengths["video"] - torch.tensor([0, 1])  # A frame may be missing.
+    encoded = model.encode(x, lengths)
+    assert encoded.lengths.tolist() == [2 * frames + 100 for frames in FRAMES]
+    assert encoded.video.lengths.tolist() == [2 * FRAMES[0], 2 * FRAMES[1] - 2]
+    assert encoded.video.features.size(1) == 2 * max(FRAMES)
+    tokens = torch.randint(3, 30, (2, 4), generator=torch.Generator().manual_seed(1))
+    together = model.decoder(tokens, encoded.memory, encoded.lengths, encoded.video)
+    for row, frames in enumerate(FRAMES):
+        audio = x["audio"][[row], : 640 * frames]
+        video = x["video"][[row], : lengths["video"][row]]
+        alone = model.encode(
+            {"video": video, "audio": audio}, {s: v[[row]] for s, v in lengths.items()}
+        )
+        logits = model.decoder(tokens[[row]], alone.memory, alone.lengths, alone.video)
+        torch.testing.assert_close(together[[row]], logits)
+    spoilt = encoded.video.features.clone()
+    spoilt[1, encoded.video.lengths[1] :] = 9.0
+    video = encoded.video._replace(features=spoilt)
+    again = model.decoder(tokens, encoded.memory, encoded.lengths, video)
+    torch.testing.assert_close(again, together)
+    spoilt[1, 0] = 9.0
+    again = model.decoder(tokens, encoded.memory, encoded.lengths, video)
+    assert (again[1] - together[1]).abs().max() > 1e-3

@@ -74,11 +74,11 @@ def test_a_step_trains_what_is_not_frozen_and_padding_changes_nothing(make, visi
         assert frozen == (parameter.grad is None)
         assert frozen or parameter.grad.isfinite().all()
     model.eval()
-    memory, frames = model.encode(x, lengths)
+    memory, frames, _ = model.encode(x, lengths)
     assert frames.tolist() == FRAMES
     for row, length in enumerate(FRAMES):
         one = {s: v[row : row + 1, : int(lengths[s][row])] for s, v in x.items()}
-        alone, _ = model.encode(one, {s: v[row : row + 1] for s, v in lengths.items()})
+        alone, _, _ = model.encode(one, {s: v[row : row + 1] for s, v in lengths.items()})
         # Convolutions over batches of different shape sum in another order.
         torch.testing.assert_close(memory[row, :length], alone[0], atol=2e-5, rtol=1e-4)
 
@@ -101,7 +101,7 @@ def test_modality_dropout_with_pretrained_encoders(make, vision, audio):
 def test_fifty_frames_a_second(make, vision, audio):
     model = make(vision, audio, frame_rate=50).eval()
     x, lengths, _ = batch(model.streams)
-    memory, frames = model.encode(x, lengths)
+    memory, frames, _ = model.encode(x, lengths)
     assert frames.tolist() == [14, 10]
     assert memory.shape == (2, 14, 16)
 
@@ -112,7 +112,7 @@ def test_without_conformer_the_fusion_starts_as_the_audio(make, vision, audio):
     model = make(vision, audio, elayers=0, frame_rate=50, adim=WIDTH).eval()
     assert not any(name.startswith("encoder.") for name in model.state_dict())
     x, lengths, targets = batch(model.streams)
-    memory, frames = model.encode(x, lengths)
+    memory, frames, _ = model.encode(x, lengths)
     features, feature_lengths = model.audio_frontend(x["audio"], lengths["audio"])
     assert frames.tolist() == feature_lengths.tolist()
     torch.testing.assert_close(memory, features, rtol=0, atol=0)

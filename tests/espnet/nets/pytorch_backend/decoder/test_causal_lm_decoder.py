@@ -12,9 +12,11 @@ from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.decoders import CAUSAL_LM_TYPES, DECODERS
 from espnet.nets.pytorch_backend.decoder.causal_lm_decoder import CausalLMDecoder
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.qlora_utils import add_lora, merge_lora, quantize_4bit
 from espnet.utils.export import write_folder
 from tests.causal_lm_cases import CONFIGS, LAYERS, WINDOW, WITHOUT_BOS, make_checkpoint
+from tests.device_waits import Waits, to_device
 
 MEMORY_DIM, BEAM = 6, 3
 LENGTHS = torch.tensor([16, 9, 13])  # frames; the prefix has 3 of them in an embedding
@@ -121,6 +123,25 @@ def test_log_probabilities_agree_with_transformers(checkpoint, conditioning, ope
     for row, length in enumerate((9, 6, 9)):
         alone = log_probabilities_by_hand(decoder, checkpoint, conditioning, row)
         torch.testing.assert_close(together[row, :length], alone[:length], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_neither_training_nor_steps_wait_for_the_device(checkpoint, conditioning):
+    decoder = make_decoder(checkpoint, conditioning).train()
+    tokens, memory, lengths = batch(decoder)
+    with Waits() as waits:
+        to_device(decoder)
+        tokens, memory = to_device((tokens, memory))
+        decoder(tokens, memory, lengths).square().mean().backward()
+        with torch.no_grad():
+            state = decoder.eval().init(memory, lengths, BEAM)
+            rows = send(torch.tensor([3, 3, 5, 6, 7, 8]), memory.device)  # without the first
+            for step in range(WINDOW + 3):
+                scores, state = decoder.score(tokens[:, :1].expand(-1, BEAM).flatten(), state)
+                if step == 2:
+                    tokens, state = tokens[1:], decoder.reorder(state, rows)
+    assert waits.places == {}
+    assert scores.shape == (2 * BEAM, decoder.odim)
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)

@@ -6,6 +6,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
+from espnet.nets.pytorch_backend.encoded import Video
 
 DIM, VOCABULARY, POSITIONS, FRAMES, VIDEO = 32, 60, 24, 20, 6
 EOS, PROMPT = 1, (2, 3, 4, 5)  # the tokenizer's ids
@@ -76,6 +77,24 @@ def make_decoder(folder, whisper):  # noqa: ARG001 - the folder is empty before
     return make
 
 
+def make_video(video_dim, frames, lengths):
+    """Video of some utterances, with numbers in the padding that nobody may see."""
+    if not video_dim:
+        return None
+    features = torch.randn(len(lengths), frames, video_dim)
+    for row, length in enumerate(lengths):
+        features[row, length:] = 9.0
+    return Video(features, torch.tensor(lengths))
+
+
+def rows_of(video, rows):
+    """The video of some utterances of a batch, cut to the longest."""
+    if video is None:
+        return None
+    features, lengths = video.features[rows], video.lengths[rows]
+    return Video(features[:, : lengths.max()], lengths)
+
+
 def mels(batch, seed=2):
     return torch.randn(batch, 8, 2 * FRAMES, generator=torch.Generator().manual_seed(seed))
 
@@ -142,15 +161,19 @@ def test_only_a_memory_of_another_size_is_projected(whisper, make_decoder):
 @torch.no_grad()
 def test_padding_changes_nothing(make_decoder, video_dim):
     decoder = make_decoder(video_dim=video_dim)
-    memory, tokens = torch.randn(3, 9, DIM + video_dim), random_tokens(3, 7)
+    memory, tokens = torch.randn(3, 9, DIM), random_tokens(3, 7)
     frames, lengths = [9, 6, 1], [4, 7, 1]
+    video = make_video(video_dim, 8, [3, 8, 2])
     for row in range(3):
         memory[row, frames[row] :] = 9.0
         tokens[row, lengths[row] :] = EOS + 1
-    together = decoder(tokens, memory, torch.tensor(frames))
+    together = decoder(tokens, memory, torch.tensor(frames), video)
     for row, (length, frame) in enumerate(zip(lengths, frames, strict=True)):
         rows = slice(row, row + 1)
-        alone = decoder(tokens[rows, :length], memory[rows, :frame], torch.tensor([frame]))
+        alone = decoder(
+            *(tokens[rows, :length], memory[rows, :frame], torch.tensor([frame])),
+            rows_of(video, rows),
+        )
         torch.testing.assert_close(together[rows, :length], alone)
 
 
@@ -161,15 +184,17 @@ def test_padding_changes_nothing(make_decoder, video_dim):
 def test_cached_steps_agree_with_teacher_forcing(make_decoder, prompt, video_dim, beam):
     """Hypotheses that are doubled and dropped at every step, and an utterance that is dropped."""
     decoder = make_decoder(prompt=prompt, video_dim=video_dim)
-    memory, lengths = torch.randn(3, 9, DIM + video_dim), torch.tensor([9, 5, 7])
+    memory, lengths = torch.randn(3, 9, DIM), torch.tensor([9, 5, 7])
+    video = make_video(video_dim, 8, [3, 8, 5])
     generator = torch.Generator().manual_seed(4)
     prefixes = torch.full((3 * beam, 1), prompt[-1] + 1)
-    state = decoder.init(memory, lengths, beam)
+    state = decoder.init(memory, lengths, beam, video)
     utterances = torch.arange(3).repeat_interleave(beam)
     for step in range(5):
         scores, state = decoder.score(prefixes[:, -1], state)
         assert scores.dtype == torch.float32
-        logits = decoder(prefixes, memory[utterances], lengths[utterances])[:, -1]
+        seen = rows_of(video, utterances)
+        logits = decoder(prefixes, memory[utterances], lengths[utterances], seen)[:, -1]
         torch.testing.assert_close(scores, suppressed_log_probs(logits, first=step == 0))
         index = torch.arange(len(prefixes)).view(-1, beam)
         index = index.gather(1, torch.randint(beam, index.shape, generator=generator))
@@ -186,9 +211,10 @@ def test_cached_steps_agree_with_teacher_forcing(make_decoder, prompt, video_dim
 @torch.no_grad()
 def test_memory_is_kept_once_an_utterance(make_decoder):
     decoder = make_decoder(video_dim=VIDEO)
-    state = decoder.init(torch.randn(2, 7, DIM + VIDEO), torch.tensor([7, 4]), BEAM)
-    for pairs in (state.memory, state.video):
-        assert [part.shape for pair in pairs for part in pair] == 4 * [(2, 4, 7, DIM // 4)]
+    video = make_video(VIDEO, 5, [5, 2])
+    state = decoder.init(torch.randn(2, 7, DIM), torch.tensor([7, 4]), BEAM, video)
+    for pairs, frames in ((state.memory, 7), (state.video, 5)):
+        assert [part.shape for pair in pairs for part in pair] == 4 * [(2, 4, frames, DIM // 4)]
 
 
 def test_suppresses_the_end_symbol_as_first_token_only(tmp_path):
@@ -342,17 +368,16 @@ def test_scores_at_and_beyond_the_last_position(whisper, make_decoder):
 
 @torch.no_grad()
 def test_gates_to_video_start_closed(make_decoder):
-    memory, tokens, lengths = torch.randn(2, 9, DIM + VIDEO), random_tokens(2, 5), [9, 6]
-    audio_only = make_decoder()(tokens, memory[..., :DIM], torch.tensor(lengths))
+    memory, tokens, lengths = torch.randn(2, 9, DIM), random_tokens(2, 5), torch.tensor([9, 6])
+    audio_only = make_decoder()(tokens, memory, lengths)
     for gate in (0.0, 0.5):
         decoder = make_decoder(video_dim=VIDEO, gate=gate)
-        logits = decoder(tokens, memory, torch.tensor(lengths))
+        logits = decoder(tokens, memory, lengths, make_video(VIDEO, 7, [7, 5]))
         if gate == 0.0:
             torch.testing.assert_close(logits, audio_only)
             continue
         assert (logits - audio_only).abs().amax(dim=2).min() > 0.01
-        other = torch.cat([memory[..., :DIM], torch.randn(2, 9, VIDEO)], dim=2)
-        changed = decoder(tokens, other, torch.tensor(lengths))
+        changed = decoder(tokens, memory, lengths, make_video(VIDEO, 7, [7, 5]))
         assert (logits - changed).abs().amax(dim=2).min() > 0.01
 
 
@@ -360,27 +385,29 @@ def gradients(decoder, memory):
     """Of every trained parameter by name, and of the memory."""
     decoder.zero_grad()
     memory = memory.clone().requires_grad_()
-    logits = decoder(random_tokens(2, 6), memory, torch.tensor([9, 6]))
+    features = torch.randn(2, 7, VIDEO, generator=torch.Generator().manual_seed(3))
+    video = Video(features.requires_grad_(), torch.tensor([7, 5]))
+    logits = decoder(random_tokens(2, 6), memory, torch.tensor([9, 6]), video)
     logits.log_softmax(dim=-1)[..., 10].sum().backward()
     found = {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad}
-    return {**found, "memory": memory.grad}
+    return {**found, "memory": memory.grad, "video": features.grad}
 
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_gradients_are_finite_and_reach_what_is_trained(make_decoder, freeze):
     decoder = make_decoder(memory_dim=10, video_dim=VIDEO, freeze=freeze, dropout_rate=0.0).train()
-    found = gradients(decoder, torch.randn(2, 9, 10 + VIDEO))
+    found = gradients(decoder, torch.randn(2, 9, 10))
     assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
     new = {name for name in found if name.startswith(("memory_projection", "video_attention"))}
     assert len(new) == 2 + 2 * 18
-    assert freeze == (set(found) == new | {"memory"})
+    assert freeze == (set(found) == new | {"memory", "video"})
     # The tied output layer counts once.
-    assert freeze or len(set(found) - new) == 1 + len(list(decoder.backbone.parameters()))
+    assert freeze or len(set(found) - new) == 2 + len(list(decoder.backbone.parameters()))
 
 
 @pytest.mark.parametrize("freeze", [False, True])
 def test_checkpointing_computes_the_same_gradients_again(make_decoder, freeze):
-    memory, calls, found = torch.randn(2, 9, DIM + VIDEO), [], {}
+    memory, calls, found = torch.randn(2, 9, DIM), [], {}
     for again in (False, True):
         decoder = make_decoder(video_dim=VIDEO, freeze=freeze, gradient_checkpointing=again).train()
         calls.clear()
@@ -405,16 +432,17 @@ def test_frozen_weights_stay_in_eval_mode(make_decoder):
 @torch.no_grad()
 def test_loads_the_checkpoint_in_bfloat16(make_decoder):
     """Also under autocast; the new weights stay as they are."""
-    memory, tokens = torch.randn(2, 9, 10 + VIDEO), random_tokens(2, 5)
-    lengths = torch.tensor([9, 6])
+    memory, tokens = torch.randn(2, 9, 10), random_tokens(2, 5)
+    lengths, video = torch.tensor([9, 6]), make_video(VIDEO, 7, [7, 5])
     options = {"memory_dim": 10, "video_dim": VIDEO}
-    expected = make_decoder(**options)(tokens, memory, lengths)
+    expected = make_decoder(**options)(tokens, memory, lengths, video)
     for dtype in (torch.float32, torch.bfloat16):
         decoder = make_decoder(**options, dtype=dtype)
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                logits = decoder(tokens, memory, lengths)
-                scores, _ = decoder.score(tokens[:, 0], decoder.init(memory, lengths, 1))
+                logits = decoder(tokens, memory, lengths, video)
+                state = decoder.init(memory, lengths, 1, video)
+                scores, _ = decoder.score(tokens[:, 0], state)
             assert scores.dtype == torch.float32
             error = (logits.float() - expected).abs().mean() / expected.abs().mean()
             exact = dtype == torch.float32 and not autocast

@@ -67,7 +67,7 @@ def test_convolution_module_agrees_with_plain_layers():
     x = torch.randn(2, 8, 6)
     y = F.glu(module.pointwise_cov1(x.transpose(1, 2)), dim=1)
     y = F.silu(module.norm(module.depthwise_conv(y)))
-    real = RealFrames.of(torch.tensor([8, 8]), 8)
+    real = RealFrames.of(torch.tensor([8, 8]), x)
     result = real.pad(module(real.pack(x), real))
     torch.testing.assert_close(result, module.pointwise_cov2(y).transpose(1, 2))
 

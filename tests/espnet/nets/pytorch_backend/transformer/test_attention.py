@@ -62,7 +62,7 @@ def test_relative_attention_agrees_with_a_loop_over_pairs(length):
     x = torch.randn(2, length, dim)
     encoding = RelPositionalEncoding(dim=dim, dropout_rate=0.0).distances(x)
     lengths = [length, max(1, length - 3)]
-    real = RealFrames.of(torch.tensor(lengths), length)
+    real = RealFrames.of(torch.tensor(lengths), x)
     result = real.pad(attention(real.pack(x), encoding, real))
 
     queries, keys = heads_of(attention.linear_q(x), heads), heads_of(attention.linear_k(x), heads)

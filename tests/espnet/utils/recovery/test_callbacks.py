@@ -1,6 +1,6 @@
 import pytest
 
-from espnet.utils.callbacks import COLUMNS, read_metrics
+from espnet.utils.recovery.callbacks import COLUMNS, read_metrics
 
 HEADER = ",".join(COLUMNS) + "\n"
 ROWS = [",".join(str(10 * epoch + place) for place in range(len(COLUMNS))) for epoch in range(2)]

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from espnet.utils.interruption import (
+from espnet.utils.recovery.interruption import (
     Interrupted,
     Interruption,
     ending_together,

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_only
 
-from espnet.utils.checkpoint_io import whole_file, write_errors
+from espnet.utils.recovery.checkpoint_io import whole_file, write_errors
 
 COLUMNS = {
     "epoch": None,

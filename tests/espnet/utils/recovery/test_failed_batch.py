@@ -14,13 +14,13 @@ import train
 from datamodule.label_list import LabelList
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.option_tree import from_flat
-from espnet.utils.failed_batch import (
+from espnet.utils.options import Options
+from espnet.utils.recovery.failed_batch import (
     FailedBatch,
     describe,
     is_of_other_process,
     is_out_of_memory,
 )
-from espnet.utils.options import Options
 
 FAILING_PROCESS = """
 import os, sys
@@ -166,7 +166,7 @@ def test_processes_end_together_and_the_one_that_failed_names_its_batch(train_ar
     """Whichever it is, the others neither wait for it nor blame their own batch."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING_PROCESS)
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[4])}
     for rank in (0, 1):
         more = ["--max-frames", "100", "--gpus", "2"]
         done = subprocess.run(

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import train
-from espnet.utils.failed_batch import FailedBatch
-from espnet.utils.probe import ProbeBatch
+from espnet.utils.recovery.failed_batch import FailedBatch
+from espnet.utils.recovery.probe import ProbeBatch
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 SMALL_BATCHES = ["--max-frames", "100"]
 
 
@@ -98,7 +98,7 @@ def test_out_of_memory_is_one_line_before_the_first_step(train_arguments, monkey
 
 @pytest.mark.parametrize(("eight_bits", "bytes_each"), [(False, 8), (True, 2)])
 def test_memory_for_the_moments_is_taken(eight_bits, bytes_each):
-    from espnet.utils.probe import _missing_states
+    from espnet.utils.recovery.probe import _missing_states
 
     weight = torch.nn.Parameter(torch.zeros(3, 5))
     other = torch.nn.Parameter(torch.zeros(7))

@@ -1,4 +1,4 @@
-"""Packing, and what it must not change in the encoders that pack."""
+"""Attention on packed frames, and what it must not change in the encoders that pack."""
 
 import json
 import shutil
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
-from espnet.nets.pytorch_backend.frontend.packing import Packing, attend, pack, pad
+from espnet.nets.pytorch_backend.frontend.packed_attention import attend
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
+from espnet.nets.pytorch_backend.real_frames import RealFrames
 
 LENGTHS = [10, 9, 7, 6, 6, 2, 1]  # blocks of three, of two, and of one each
 HEADS = 2
@@ -64,53 +65,29 @@ def frames(*shape, seed=0):
     return x.requires_grad_()
 
 
+def real_frames(lengths):
+    return RealFrames(torch.tensor(lengths), max(lengths), torch.device("cpu"))
+
+
 def attend_slowly(query, key, value, bias=0.0, scale=4**-0.5):
     """Attention within one utterance, (T, H, D/H) each, bias (H, T, T)."""
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale + bias
     return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
 
 
-def test_frames_are_left_out_and_put_back():
-    packing = Packing.of(torch.tensor([3, 2]))
-    x = torch.arange(1.0, 13.0).view(2, 3, 2)
-    packed = pack(x, packing)
-    assert packed.tolist() == [[[1, 2], [3, 4], [5, 6], [7, 8], [9, 10]]]
-    x[1, 2] = 0
-    torch.testing.assert_close(pad(packed, packing), x)
-    by_head = pad(packed.unflatten(2, (2, 1)), packing)
-    torch.testing.assert_close(by_head, x.unflatten(2, (2, 1)))
-
-
-def test_nothing_is_changed_where_nothing_is_padded():
-    assert Packing.of(torch.tensor([4, 4, 4])) is None
-    x = torch.ones(3, 4, 2)
-    assert pack(x, None) is x
-    assert pad(x, None) is x
-
-
-def test_blocks_hold_utterances_of_similar_length():
-    packing = Packing.of(torch.tensor(LENGTHS))
-    assert packing.mask.sum(dim=1).tolist() == LENGTHS
-    assert [block.mask.sum(dim=1).tolist() for block in packing.blocks] == [
-        [10, 9, 7],
-        [6, 6],
-        [2],
-        [1],
-    ]
-    assert [block.mask.size(1) for block in packing.blocks] == [10, 6, 2, 1]
-
-
+@pytest.mark.parametrize("lengths", [LENGTHS, [5, 5, 5]])
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("biased", [False, True])
-def test_packed_attention_is_that_of_each_utterance(biased, scale):
-    inputs = [frames(1, sum(LENGTHS), HEADS, 4, seed=seed) for seed in range(3)]
-    gates, bias = frames(1, sum(LENGTHS), HEADS, 1, seed=3), frames(HEADS, 10, 10, seed=4)
+def test_packed_attention_is_that_of_each_utterance(biased, scale, lengths):
+    total, longest = sum(lengths), max(lengths)
+    inputs = [frames(1, total, HEADS, 4, seed=seed) for seed in range(3)]
+    gates, bias = frames(1, total, HEADS, 1, seed=3), frames(HEADS, longest, longest, seed=4)
     leaves = [*inputs, gates, bias] if biased else inputs
     options = {"gates": gates, "position_bias": bias} if biased else {}
-    found = attend(*inputs, Packing.of(torch.tensor(LENGTHS)), scale=scale, **options)
-    assert found.shape == (1, sum(LENGTHS), HEADS, 4)
+    found = attend(*inputs, real_frames(lengths), scale=scale, **options)
+    assert found.shape == (1, total, HEADS, 4)
     expected = []
-    for *parts, gate in zip(*(x[0].split(LENGTHS) for x in (*inputs, gates)), strict=True):
+    for *parts, gate in zip(*(x[0].split(lengths) for x in (*inputs, gates)), strict=True):
         length = len(gate)
         added = gate.transpose(0, 1) * bias[:, :length, :length] if biased else 0.0
         expected.append(attend_slowly(*parts, added, scale or 4**-0.5))
@@ -122,24 +99,14 @@ def test_packed_attention_is_that_of_each_utterance(biased, scale):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention_without_padding(biased):
-    inputs = [frames(3, 5, HEADS, 4, seed=seed) for seed in range(3)]
-    gates, bias = frames(3, 5, HEADS, 1, seed=3), frames(HEADS, 5, 5, seed=4)
-    found = attend(*inputs, None, **({"gates": gates, "position_bias": bias} if biased else {}))
-    for row in range(3):
-        added = gates[row].transpose(0, 1) * bias if biased else 0.0
-        torch.testing.assert_close(found[row], attend_slowly(*(x[row] for x in inputs), added))
-
-
-@pytest.mark.parametrize("packing", [Packing.of(torch.tensor([3, 2])), None])
-def test_attention_drops_weights(packing):
+@pytest.mark.parametrize("lengths", [[3, 2], [5]])
+def test_attention_drops_weights(lengths):
     """Of values of one, what is left is the sum of the weights: no more one."""
     torch.manual_seed(0)
     query, key = frames(1, 5, HEADS, 4), frames(1, 5, HEADS, 4, seed=1)
     value = torch.ones(1, 5, HEADS, 4)
-    torch.testing.assert_close(attend(query, key, value, packing), value)
-    dropped = attend(query, key, value, packing, dropout=0.5)
+    torch.testing.assert_close(attend(query, key, value, real_frames(lengths)), value)
+    dropped = attend(query, key, value, real_frames(lengths), dropout=0.5)
     assert not torch.isclose(dropped, value).any(dim=-1).all()
 
 

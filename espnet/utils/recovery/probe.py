@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from espnet.utils.failed_batch import FailedBatch, describe, in_words
+from espnet.utils.recovery.failed_batch import FailedBatch, describe, in_words
 from lightning import model_inputs
 
 GIGABYTE = 1e9

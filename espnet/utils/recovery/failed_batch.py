@@ -11,8 +11,8 @@ import torch
 from datamodule.label_list import LabelList
 from espnet.nets.encoders import TABLES
 from espnet.nets.model_options import ModelOptions
-from espnet.utils.checkpoint_io import whole_file
 from espnet.utils.options import Options
+from espnet.utils.recovery.checkpoint_io import whole_file
 
 # Where torch has no class for it: the CPU's allocator, and libraries that allocate by themselves.
 MEMORY_MESSAGES = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from espnet.utils.checkpoint_io import (
+from espnet.utils.recovery.checkpoint_io import (
     UNFINISHED,
     WholeFileCheckpointIO,
     WriteError,
@@ -114,7 +114,7 @@ def test_a_full_disk_names_the_last_good_checkpoint(tmp_path, others, remedy, si
 LIMITED = """
 import resource, sys
 import torch
-from espnet.utils.checkpoint_io import save_whole
+from espnet.utils.recovery.checkpoint_io import save_whole
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 for size in range(40_000, 60_000, 1_000):  # The limit is met in each part of the file.
     try:
@@ -131,7 +131,7 @@ def test_a_limit_in_the_middle_of_a_file_leaves_the_last_good_one(tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
     )
     lines = done.stdout.splitlines()
     found = torch.load(path, weights_only=True)

@@ -1,0 +1,1 @@
+"""How the streams become one."""

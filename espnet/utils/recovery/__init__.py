@@ -1,0 +1,1 @@
+"""What keeps a run alive: whole files, saves in between, signals, failed steps, trials."""
