@@ -15,20 +15,19 @@ own, where files are not looked for (`skip_bad_clips`). Looking for them is time
 list of empty files, a thousand to a folder, beside asking for each of them.
 """
 
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -37,7 +36,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import time_in_turns
+from benchmarks import memory
+from benchmarks.common import CPU, Row, print_report, run_apart, time_in_turns
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from datamodule.demo_corpus import make_demo_corpus
@@ -47,7 +47,6 @@ from datamodule.samplers import Batch
 from datamodule.text_transform import TextTransform
 from espnet.formats import STREAMS
 
-CPU = torch.device("cpu")
 DECODING_TARGET = 1.5
 FIRST_BATCH_S = 5
 LIST_S = 5
@@ -82,68 +81,12 @@ class Work:
     repeats: int = 5
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of the table.
-
-    Attributes:
-        what: What was measured, and against what.
-        value: What came out.
-        unit: Its unit.
-        reference: What its reference gives, in the same unit.
-        target: The most that the ratio, or the value where there is no reference, should be.
-        rate: Whether values are rates, so that the ratio of times is the reference over the value.
-        notes: More about it, a sentence each.
-    """
-
-    what: str
-    value: float
-    unit: str
-    reference: float | None = None
-    target: float | None = None
-    rate: bool = False
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ratio(self) -> float | None:
-        """The value as a multiple of the reference; of its time, if they are rates."""
-        if self.reference is None:
-            return None
-        return self.reference / self.value if self.rate else self.value / self.reference
-
-    @property
-    def is_met(self) -> bool:
-        """Whether the target, if there is one, is reached."""
-        measured = self.value if self.ratio is None else self.ratio
-        return self.target is None or measured <= self.target
-
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        reference, ratio, target = "", "", ""
-        unit = self.unit
-        if self.reference is not None:
-            reference, ratio, unit = _figure(self.reference, unit), f"{self.ratio:.2f}", "times"
-        if self.target is not None:
-            target = f"at most {self.target:g} {unit}: {'met' if self.is_met else 'missed'}"
-        value = _figure(self.value, self.unit)
-        return f"| {self.what} | {value} | {reference} | {ratio} | {target} |"
-
-
-def _figure(value: float, unit: str) -> str:
-    return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+WORK = Work()
 
 
 @contextmanager
 def corpus(root_dir: str, sentences: int) -> Iterator[str]:
-    """Names the demo corpus, or makes a small one for a while.
-
-    Args:
-        root_dir: Where the corpus may be.
-        sentences: Training sentences of one that is made.
-
-    Yields:
-        The folder of the corpus.
-    """
+    """Names the folder of the demo corpus, or makes one of a few sentences for a while."""
     if (Path(root_dir) / "labels" / LIST_FILE).is_file():
         yield root_dir
         return
@@ -153,41 +96,44 @@ def corpus(root_dir: str, sentences: int) -> Iterator[str]:
         yield folder
 
 
-def clips_module(root_dir: str, num_workers: int = 0) -> DataModule:
-    """Makes the data module of training on a demo corpus, and reads its list."""
+def set_up(root_dir: str, text_transform: Any, **options: Any) -> DataModule:
+    """Makes the data module of training on a list, with further options, and reads the list."""
     data = DataModule(
         root_dir=root_dir,
         streams=STREAMS,
-        text_transform=TextTransform(sp_model_path=f"{root_dir}/spm/unigram.model"),
+        text_transform=text_transform,
         train_file=LIST_FILE,
         max_frames=MAX_FRAMES,
         train_num_buckets=NUM_BUCKETS,
-        num_workers=num_workers,
+        **options,
     )
     data.setup("fit")
     return data
 
 
+def set_up_clips(root_dir: str, num_workers: int = 0) -> DataModule:
+    """Sets up training on a demo corpus."""
+    text_transform = TextTransform(sp_model_path=f"{root_dir}/spm/unigram.model")
+    return set_up(root_dir, text_transform, num_workers=num_workers)
+
+
+def set_up_list(root_dir: str, *, look_for_files: bool) -> DataModule:
+    """Sets up training on a list of `write_list`."""
+    return set_up(root_dir, VOCABULARY, skip_bad_clips=not look_for_files)
+
+
 def time_first_batch(root_dir: str) -> Row:
     """Times from asking for a loader with two workers to its first batch."""
-    data = clips_module(root_dir, num_workers=2)
+    data = set_up_clips(root_dir, num_workers=2)
     start = time.perf_counter()
     next(iter(data.train_dataloader()))
     seconds = time.perf_counter() - start
-    return Row("first batch, 2 workers", seconds, "s", target=FIRST_BATCH_S)
+    return Row("first batch, 2 workers", seconds, target=FIRST_BATCH_S, unit="s")
 
 
 def time_clips(root_dir: str, work: Work) -> list[Row]:
-    """Times what a worker does beside decoding, and a worker with its way to the parent.
-
-    Args:
-        root_dir: Demo corpus.
-        work: How much is measured.
-
-    Returns:
-        Rows of the table.
-    """
-    data = clips_module(root_dir)
+    """Times what a worker does beside decoding, and a worker with its way to the parent."""
+    data = set_up_clips(root_dir)
     dataset = data.train_dataset
     batches = list(islice(data.train_dataloader().batch_sampler, work.batches))
     loader = ClipLoader(dataset, batch_sampler=batches, num_workers=1, persistent_workers=True)
@@ -201,17 +147,12 @@ def time_clips(root_dir: str, work: Work) -> list[Row]:
     timings = time_in_turns(alternatives, CPU, work.repeats)
     own, bare, bare_video, worker = (1000 * num_clips / t.milliseconds for t in timings)
     what = "`AVDataset` and `collate_pad`, one process"
+    notes = [f"{num_clips} clips in {len(batches)} batches, {timings[0].result} frames"]
     compare = partial(Row, unit="clips/s", rate=True)
     return [
-        compare(
-            f"{what} (reference: PyAV)",
-            own,
-            reference=bare,
-            target=DECODING_TARGET,
-            notes=[f"{num_clips} clips in {len(batches)} batches, {timings[0].result} frames"],
-        ),
-        compare(f"{what} (reference: PyAV, video alone)", own, reference=bare_video),
-        compare("one worker of a loader (reference: PyAV)", worker, reference=bare),
+        compare(f"{what} (reference: PyAV)", own, bare, DECODING_TARGET, notes=notes),
+        compare(f"{what} (reference: PyAV, video alone)", own, bare_video),
+        compare("one worker of a loader (reference: PyAV)", worker, bare),
     ]
 
 
@@ -286,36 +227,18 @@ def write_files(root_dir: str, files: int) -> None:
         os.close(os.open(path / f"{number:05}.mp4", os.O_CREAT | os.O_WRONLY))
 
 
-def set_up(root_dir: str, *, look_for_files: bool) -> DataModule:
-    """Makes the data module of a list of `write_list`, and lets it read the list."""
-    data = DataModule(
-        root_dir=root_dir,
-        streams=STREAMS,
-        text_transform=VOCABULARY,
-        train_file=LIST_FILE,
-        max_frames=MAX_FRAMES,
-        train_num_buckets=NUM_BUCKETS,
-        skip_bad_clips=not look_for_files,
-    )
-    data.setup("fit")
-    return data
-
-
 def measure_list(root_dir: str, touched: int) -> dict[str, float]:
     """Reads a list, draws an epoch and lets two workers read rows; for a process of its own.
-
-    Args:
-        root_dir: Folder of the list.
-        touched: Rows that a worker reads.
 
     Returns:
         Seconds and megabytes by name.
     """
-    before = _start_peak()
+    torch.set_num_threads(1)
+    before = memory.forget_peak(CPU)
     seconds = [time.perf_counter()]
-    data = set_up(root_dir, look_for_files=False)
+    data = set_up_list(root_dir, look_for_files=False)
     seconds.append(time.perf_counter())
-    peak = _memory("status", ("VmHWM",)) - before
+    peak = memory.peak(CPU) - before
     sampler = data.train_dataloader().batch_sampler
     seconds.append(time.perf_counter())
     drawn = iter(sampler)
@@ -328,7 +251,7 @@ def measure_list(root_dir: str, touched: int) -> dict[str, float]:
     names = ("load", "sampler", "first_draw", "rest_of_epoch")
     return {
         **dict(zip(names, np.diff(seconds).tolist(), strict=True)),
-        "peak": peak,
+        "peak": peak / 1e6,
         "size": (Path(root_dir) / "labels" / LIST_FILE).stat().st_size / 1e6,
         "private": max(workers),
         "utterances": utterances,
@@ -346,87 +269,47 @@ class _Touch(Dataset):
         return len(self._rows)
 
     def __getitem__(self, number: int) -> float:
-        before = _private_memory()
+        before = self._private_memory()
         for index in self._rows[number].tolist():
             self._dataset.path(index)
             self._dataset.target(index)
             self._dataset.labels.num_frames[index]
-        return _private_memory() - before
+        return self._private_memory() - before
 
-
-def _private_memory() -> float:
-    return _memory("smaps_rollup", ("Private_Clean", "Private_Dirty"))
-
-
-def _start_peak() -> float:
-    """Forget the peak so far: return the memory that this process has now, in MB."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _memory("status", ("VmRSS",))
-
-
-def _memory(file: str, names: tuple[str, ...]) -> float:
-    """Sum up lines of a file of /proc/self that give kB, in MB."""
-    lines = (line.split() for line in Path("/proc/self", file).read_text().splitlines())
-    return sum(int(words[1]) for words in lines if words[0].rstrip(":") in names) * 1024 / 1e6
+    @staticmethod
+    def _private_memory() -> float:
+        return memory.of_process("Private_Clean", "Private_Dirty", file="smaps_rollup") / 1e6
 
 
 def time_list(work: Work) -> list[Row]:
-    """Measures a long list, in processes of their own, and takes the best of two.
-
-    Args:
-        work: How much is measured.
-
-    Returns:
-        Rows of the table.
-    """
-    rounds: list[dict[str, float]] = []
-    context = multiprocessing.get_context("spawn")
+    """Measures a long list, in processes of their own, and takes the best of two."""
     with tempfile.TemporaryDirectory() as folder:
         write_list(folder, work.rows)
-        for _ in range(2):
-            with ProcessPoolExecutor(1, context, _use_one_thread) as pool:
-                rounds.append(pool.submit(measure_list, folder, work.touched).result())
+        rounds = [run_apart(measure_list, folder, work.touched) for _ in range(2)]
     best = {name: min(one[name] for one in rounds) for name in rounds[0]}
     rows = f"{work.rows:,} rows"
+    title = f"list of {rows}"
+    file = [f"the file of {rows} has {best['size']:.0f} MB"]
+    own = f"what reading {work.touched:,} of them makes a worker's own (reference: the file)"
     return [
-        Row(f"list of {rows}: `setup`", best["load"], "s", target=LIST_S),
-        Row(
-            f"list of {rows}: peak memory of `setup`",
-            best["peak"],
-            "MB",
-            target=LIST_MB,
-            notes=[f"the file of {rows} has {best['size']:.0f} MB"],
-        ),
-        Row(
-            f"list of {rows}: what reading {work.touched:,} of them makes a worker's own "
-            "(reference: the file)",
-            best["private"],
-            "MB",
-            reference=best["size"],
-            target=SHARE,
-        ),
-        Row(f"list of {rows}: making the sampler", best["sampler"], "s"),
-        Row(f"list of {rows}: drawing an epoch's first batch", best["first_draw"], "s"),
-        Row(f"list of {rows}: the epoch's other batches", best["rest_of_epoch"], "s"),
+        Row(f"{title}: `setup`", best["load"], target=LIST_S, unit="s"),
+        Row(f"{title}: peak memory of `setup`", best["peak"], None, LIST_MB, "MB", notes=file),
+        Row(f"{title}: {own}", best["private"], best["size"], SHARE, "MB"),
+        Row(f"{title}: making the sampler", best["sampler"], unit="s"),
+        Row(f"{title}: drawing an epoch's first batch", best["first_draw"], unit="s"),
+        Row(f"{title}: the epoch's other batches", best["rest_of_epoch"], unit="s"),
     ]
 
 
 def time_files(work: Work) -> Row:
-    """Times looking for the files of a list, beside asking for them one by one.
-
-    Args:
-        work: How much is measured.
-
-    Returns:
-        A row of the table.
-    """
+    """Times looking for the files of a list, beside asking for them one by one."""
     with tempfile.TemporaryDirectory() as folder:
         write_list(folder, work.files)
         write_files(folder, work.files)
         alternatives = [
-            partial(set_up, folder, look_for_files=True),
-            partial(set_up, folder, look_for_files=False),
-            partial(count_files, set_up(folder, look_for_files=False).train_dataset),
+            partial(set_up_list, folder, look_for_files=True),
+            partial(set_up_list, folder, look_for_files=False),
+            partial(count_files, set_up_list(folder, look_for_files=False).train_dataset),
         ]
         timings = time_in_turns(alternatives, CPU, work.repeats)
     if timings[-1].result != work.files:
@@ -436,8 +319,8 @@ def time_files(work: Work) -> Row:
     return Row(
         f"looking for {work.files:,} files in `setup` (reference: one by one)",
         with_files - without,
-        "s",
-        reference=one_by_one,
+        one_by_one,
+        unit="s",
         notes=[f"looking for a file takes {each:.2g} µs, so for a million {each:.2g} s"],
     )
 
@@ -447,45 +330,20 @@ def count_files(dataset: AVDataset) -> int:
     return sum(os.path.isfile(dataset.path(index)) for index in range(len(dataset)))
 
 
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def main(argv: list[str] | None = None, work: Work | None = None) -> None:
-    """Runs the command line.
-
-    Args:
-        argv: The command line without the program's name; that of the process if None.
-        work: How much is measured; the usual if None.
-    """
+def main(argv: list[str] | None = None, work: Work = WORK) -> None:
+    """Runs the command line."""
     parser = ArgumentParser(description="Measure how fast the data arrives.")
     parser.add_argument(
         "--root-dir", default="demo_corpus", help="the demo corpus (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    work = work or Work()
-    _use_one_thread()
-    print(f"torch {torch.__version__}, PyAV {av.__version__}, {os.cpu_count()} CPU cores\n")
-    print("| what | value | reference | ratio | target |")
-    print("|---|---|---|---|---|", flush=True)
-    notes = []
+    torch.set_num_threads(1)
     with corpus(args.root_dir, work.sentences) as root_dir:
-        for row in measure(root_dir, work):
-            print(row, flush=True)
-            notes += row.notes
-    print("", *(f"- {note}" for note in notes), sep="\n")
+        print_report(CPU, measure(root_dir, work), ("value", "reference"), packages=["av"])
 
 
 def measure(root_dir: str, work: Work) -> Iterator[Row]:
-    """Measures everything.
-
-    Args:
-        root_dir: Demo corpus.
-        work: How much is measured.
-
-    Yields:
-        Rows of the table.
-    """
+    """Measures everything."""
     yield time_first_batch(root_dir)  # first, before this process has read any clip
     yield from time_clips(root_dir, work)
     yield from time_list(work)

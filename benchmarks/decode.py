@@ -27,7 +27,6 @@ What `generate` is given:
 """
 
 import sys
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,32 +38,28 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
-    WhisperConfig,
     WhisperForConditionalGeneration,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import search_step
-from benchmarks.encoders import Row
-from benchmarks.timing import time_in_turns
+from benchmarks import checkpoints, search_step
+from benchmarks.checkpoints import LLAMA_LAYERS, Checkpoint
+from benchmarks.common import Row, device_parser, parse, print_report, time_in_turns
+from benchmarks.noise import noise
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.decoders import LLAMA_CONDITIONINGS
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
 from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
-from espnet.utils.tiny_checkpoints import LLAMA3_ROPE
 
 TARGET = 1.1
 FRAMES = 200  # 8 s
-SPREAD = 0.06  # standard deviation of random weights: texts then do not repeat one token
 OPEN = 0.5  # value of the gates where `generate` has the gated blocks too
 
 Decoder = LLaMADecoder | WhisperDecoder
@@ -87,86 +82,10 @@ class Work:
     repeats: int
 
 
-LLAMA_LAYERS = 16
 WORK = {
     "cpu": Work(steps=12, llama_layers=4, repeats=6),
     "cuda": Work(steps=100, llama_layers=LLAMA_LAYERS, repeats=5),
 }
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint of random weights to be, and the ids of the tokenizer that goes with it.
-
-    Attributes:
-        title: Its name in the table.
-        config: Shape of the model.
-        prompt: Ids that precede a text.
-        eos: Id of the end symbol.
-        memory_dim: Size M of the encoder's output; for Whisper, that of the model.
-    """
-
-    title: str
-    config: PreTrainedConfig
-    prompt: tuple[int, ...]
-    eos: int
-    memory_dim: int = 768
-
-
-def whisper_checkpoint() -> Checkpoint:
-    """Describes a Whisper in the shape of openai/whisper-small, but for its encoder."""
-    end, start = 50257, 50258
-    config = WhisperConfig(
-        d_model=768,
-        encoder_layers=1,
-        encoder_attention_heads=12,
-        encoder_ffn_dim=3072,
-        decoder_layers=12,
-        decoder_attention_heads=12,
-        decoder_ffn_dim=3072,
-        vocab_size=51865,
-        pad_token_id=end,
-        bos_token_id=end,
-        eos_token_id=end,
-        decoder_start_token_id=start,
-        begin_suppress_tokens=None,
-        init_std=SPREAD,
-    )
-    # <|startoftranscript|> <|en|> <|transcribe|> <|notimestamps|>
-    prompt = (start, 50259, 50359, 50363)
-    return Checkpoint("Whisper small", config, prompt, end)
-
-
-def llama_checkpoint(conditioning: str, layers: int) -> Checkpoint:
-    """Describes a LLaMA in the shape of meta-llama/Llama-3.2-1B.
-
-    Args:
-        conditioning: `cross-attention`, where the prompt is BOS, or `prefix`, where an instruction
-            of some tokens follows it.
-        layers: Number of layers.
-
-    Returns:
-        The checkpoint.
-    """
-    begin, end = 128000, 128001
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_parameters=LLAMA3_ROPE,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=begin,
-        eos_token_id=end,
-        initializer_range=SPREAD,
-    )
-    instruction = tuple(range(1000, 1006)) if conditioning == "prefix" else ()
-    title = f"Llama-3.2-1B with {layers} of {LLAMA_LAYERS} layers, {conditioning}"
-    return Checkpoint(title, config, (begin, *instruction), end)
 
 
 def load(
@@ -187,8 +106,7 @@ def load(
         model_class, decoder_class = LlamaForCausalLM, LLaMADecoder
     else:
         model_class, decoder_class = WhisperForConditionalGeneration, WhisperDecoder
-    with tempfile.TemporaryDirectory() as folder:
-        model_class(checkpoint.config).save_pretrained(folder)
+    with checkpoints.saved(model_class(checkpoint.config)) as folder:
         decoder = decoder_class(
             folder,
             memory_dim=checkpoint.memory_dim,
@@ -204,11 +122,11 @@ def load(
 def search(
     decoder: Decoder, checkpoint: Checkpoint, memory: Tensor, beam_size: int, steps: int
 ) -> Tensor:
-    """Searches with this project's beam search.
+    """Searches with this project's beam search, where the decoder is the only scorer.
 
     Args:
-        decoder: Its only scorer.
-        checkpoint: What the decoder was loaded from.
+        decoder: The scorer.
+        checkpoint: What it was loaded from.
         memory: Encoder output, (1, T, M).
         beam_size: Hypotheses.
         steps: Tokens.
@@ -233,16 +151,9 @@ def search(
 def generate(
     model: PreTrainedModel, make_inputs: Callable[[], dict[str, Any]], beam_size: int, steps: int
 ) -> Tensor:
-    """Searches with transformers; Whisper's own loop over windows of 30 s is left out.
+    """Searches with transformers, as `search` does: ids of the best hypothesis, (steps,).
 
-    Args:
-        model: The model.
-        make_inputs: Makes what it is given, which it changes.
-        beam_size: Hypotheses.
-        steps: Tokens.
-
-    Returns:
-        The tokenizer's ids of the best hypothesis, (steps,).
+    Whisper's own loop over windows of 30 s is left out. What `make_inputs` makes, it changes.
     """
     tokens = GenerationMixin.generate(
         model,
@@ -259,16 +170,10 @@ def generate(
 def generate_inputs(
     decoder: Decoder, model: PreTrainedModel, prompt: tuple[int, ...], memory: Tensor
 ) -> dict[str, Any]:
-    """What `generate` is given to do what the search does.
+    """What `generate` is given to do what the search does, by name.
 
-    Args:
-        decoder: The project's decoder, which makes the prefix.
-        model: The model of transformers.
-        prompt: The tokenizer's ids that precede a text.
-        memory: Encoder output, (1, T, M).
-
-    Returns:
-        Arguments by name.
+    The project's decoder makes LLaMA's prefix of the memory (1, T, M); ids of the prompt precede
+    a text.
     """
     tokens = torch.tensor([prompt], device=memory.device)
     if isinstance(decoder, WhisperDecoder):
@@ -294,13 +199,7 @@ def generate_inputs(
 def blocks_between_layers(
     model: LlamaForCausalLM, decoder: LLaMADecoder, memory: Tensor
 ) -> Iterator[None]:
-    """Puts the decoder's gated blocks before the layers of transformers' model, for a while.
-
-    Args:
-        model: The model.
-        decoder: The decoder that has the blocks.
-        memory: What they attend to, (1, T, M).
-    """
+    """Puts the decoder's gated blocks on memory (1, T, M) before the model's layers."""
 
     def attend(
         block: nn.Module, keys_values: tuple[Tensor, Tensor], _: nn.Module, inputs: tuple
@@ -337,9 +236,6 @@ def compare(
         beam_size: Hypotheses.
         work: How much is computed.
         device: Where.
-
-    Returns:
-        A row of the table.
     """
     lengths = (1, 1 + work.steps)
     calls = [partial(one, beam_size, steps) for steps in lengths for one in searches]
@@ -352,7 +248,6 @@ def compare(
         (last - first) / work.steps,
         (reference_last - reference_first) / work.steps,
         target=TARGET,
-        faster=False,
         notes=[
             f"{reference}: {agreement(greedy, expected_greedy)} with beam 1, "
             f"{agreement(found, expected)} with beam {beam_size}",
@@ -378,22 +273,9 @@ def measure(
     dtype: torch.dtype,
     **options: Any,
 ) -> Iterator[Row]:
-    """Measures a decoder.
-
-    Args:
-        checkpoint: Its checkpoint.
-        work: How much is computed.
-        device: Where.
-        beam_size: Hypotheses.
-        dtype: Precision of the checkpoint's weights.
-        **options: Of the decoder's constructor.
-
-    Yields:
-        Rows of the table.
-    """
+    """Measures a pretrained decoder; further options are those of its constructor."""
     decoder, model = load(checkpoint, device, dtype, **options)
-    generator = torch.Generator().manual_seed(0)
-    memory = torch.randn(1, FRAMES, checkpoint.memory_dim, generator=generator).to(device)
+    memory = noise(1, FRAMES, checkpoint.memory_dim, device=device)
     make_inputs = partial(generate_inputs, decoder, model, checkpoint.prompt, memory)
     searches = (partial(search, decoder, checkpoint, memory), partial(generate, model, make_inputs))
     title = f"{checkpoint.title}, {FRAMES} frames"
@@ -412,7 +294,7 @@ def measure(
 
 def build_parser() -> ArgumentParser:
     """Builds the command line's parser."""
-    parser = ArgumentParser(description="Compare a step of the beam search with what it needs.")
+    parser = device_parser("Compare a step of the beam search with what it needs.")
     parser.add_argument(
         "--decoder",
         choices=["transformer", "llama", "whisper"],
@@ -424,12 +306,6 @@ def build_parser() -> ArgumentParser:
         choices=LLAMA_CONDITIONINGS,
         default="cross-attention",
         help="how LLaMA gets the memory (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=list(WORK),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute (default: %(default)s)",
     )
     parser.add_argument(
         "--beam-size",
@@ -451,56 +327,35 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def measure_own(options: Namespace, device: torch.device) -> Iterator[Row]:
-    """Measures the project's own decoder; see `search_step`."""
-    work = search_step.WORK[device.type]
-    yield from search_step.measure(search_step.Size(), options.beam_size or 40, work, device)
-
-
-def measure_pretrained(options: Namespace, device: torch.device) -> Iterator[Row]:
-    """Measures the pretrained decoder that the command line names."""
+@torch.no_grad()
+def rows_of(options: Namespace, device: torch.device) -> Iterator[Row]:
+    """Measures the decoder that the command line names."""
+    if options.decoder == "transformer":
+        size, work = search_step.Size(), search_step.WORK[device.type]
+        yield from search_step.measure(size, options.beam_size or 40, work, device)
+        return
     torch.manual_seed(0)
-    work = WORK[device.type]
-    if options.decoder == "whisper":
-        checkpoint, conditioning = whisper_checkpoint(), {}
-    else:
+    work, more = WORK[device.type], {}
+    checkpoint = checkpoints.whisper()
+    if options.decoder == "llama":
         layers = options.llama_layers or work.llama_layers
-        checkpoint = llama_checkpoint(options.llama_conditioning, layers)
-        conditioning = {"conditioning": options.llama_conditioning}
-    yield from measure(
-        checkpoint,
-        work,
-        device,
-        beam_size=options.beam_size or 5,
-        dtype=getattr(torch, options.dtype),
-        **conditioning,
-    )
+        checkpoint = checkpoints.llama(options.llama_conditioning, layers)
+        more = {"conditioning": options.llama_conditioning}
+    beam_size, dtype = options.beam_size or 5, getattr(torch, options.dtype)
+    yield from measure(checkpoint, work, device, beam_size=beam_size, dtype=dtype, **more)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     parser = build_parser()
-    options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    transformers_logging.disable_progress_bar()
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    options, device = parse(parser, argv)
     own = options.decoder == "transformer"
     if own and options.dtype != "float32":
         parser.error(f"--dtype {options.dtype} is for a checkpoint: name its --decoder too")
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, {where}, "
-        f"{torch.get_num_threads()} CPU threads, {'float32' if own else options.dtype}\n"
-    )
-    measured, reference = ("measured", "reference") if own else ("step (ms)", "reference (ms)")
-    print(
-        f"| what | {measured} | {reference} | ratio | target |\n|---|---|---|---|---|", flush=True
-    )
-    notes = []
-    with torch.no_grad():
-        for row in (measure_own if own else measure_pretrained)(options, device):
-            print(row, flush=True)
-            notes += row.notes
-    print("", *(f"- {note}" for note in notes), sep="\n")
+    transformers_logging.disable_progress_bar()
+    columns = ("measured", "reference") if own else ("step (ms)", "reference (ms)")
+    rows, packages = rows_of(options, device), ["transformers"]
+    print_report(device, rows, columns, packages, options.dtype)
 
 
 if __name__ == "__main__":

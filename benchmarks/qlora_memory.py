@@ -24,31 +24,27 @@ activations of such a chunk, which its backward pass computes again, would take 
 training takes beside the weights.
 """
 
-import json
-import subprocess
 import sys
-import tempfile
-from argparse import SUPPRESS, ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, WhisperForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import decode, encoders
-from espnet.formats import SAMPLES_PER_FRAME
+from benchmarks import checkpoints, common, memory
+from benchmarks.checkpoints import ENCODER_CLASSES, TITLES
+from benchmarks.noise import make_batch, make_utterances
+from espnet.formats import MODALITIES, VIDEO_RATE
 from espnet.nets.encoders import VISION_ENCODERS
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
@@ -58,16 +54,19 @@ from espnet.nets.pytorch_backend.qlora_utils import (
     quantize_4bit,
     trainable_parameters,
 )
-from espnet.utils.tiny_checkpoints import LLAMA3_ROPE
 
-STATUS = Path("/proc/self/status")
 WEIGHT_TARGET = 0.3  # of the bytes in bfloat16
 GPU_TARGET = 12e9  # bytes
 STEPS = 2  # the moments are there in the second one
-FRAME_RATE = 25  # Hz
 TOKEN_RATE = 4  # tokens a second of speech
-FULL_BYTES = 16  # of a parameter that is trained in float32: itself, its gradient, two moments
-LARGEST = 64e9  # bytes of LLaMA alone with which it is trained in full
+HEAD_OF_WEIGHTS = (
+    *("part", "linear layers in 4 bits (MB)", "in bfloat16 (MB)", "ratio", "target"),
+    *("whole part (MB)", "ratio", "left alone (MB)"),
+)
+HEAD_OF_STEPS = (
+    *("what", "trained", "trained parameters", "weights (GB)", "before (GB)"),
+    *("peak of loading (GB)", "peak of the steps (GB)", "target"),
+)
 FRAMES = {  # of the utterances of a batch
     "cpu": (100, 92, 60, 48),
     "cuda": (200, 180, 160, 140, 110, 90, 70, 50),
@@ -75,7 +74,7 @@ FRAMES = {  # of the utterances of a batch
 
 
 @dataclass(frozen=True)
-class WeightRow:
+class WeightRow(common.TableRow):
     """A part's bytes in 4 bits and in bfloat16.
 
     Attributes:
@@ -99,34 +98,22 @@ class WeightRow:
         """The ratio that the target is for."""
         return self.linear / self.linear_bfloat16
 
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        left_alone = ", ".join(
-            f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()
-        )
-        cells = [
+    def cells(self) -> list[str]:
+        """What its columns hold."""
+        return [
             self.part,
             _megabytes(self.linear),
             _megabytes(self.linear_bfloat16),
             f"{self.ratio:.3f}",
-            f"at most {WEIGHT_TARGET:.2f}: {_verdict(self.ratio <= WEIGHT_TARGET)}",
+            f"at most {WEIGHT_TARGET:.2f}: {common.verdict(self.ratio <= WEIGHT_TARGET)}",
             f"{_megabytes(self.whole)} of {_megabytes(self.whole_bfloat16)}",
             f"{self.whole / self.whole_bfloat16:.3f}",
-            left_alone,
+            ", ".join(f"{kind} {_megabytes(size)}" for kind, size in self.left_alone.items()),
         ]
-        return f"| {' | '.join(cells)} |"
 
 
 def measure_weights(part: str, module: nn.Module) -> WeightRow:
-    """Puts a part into 4 bits, and counts its bytes before and after.
-
-    Args:
-        part: Its name.
-        module: The part, in bfloat16.
-
-    Returns:
-        A row of the first table.
-    """
+    """Puts a part into 4 bits, which was in bfloat16, and counts its bytes before and after."""
     names = [
         name
         for name, layer in module.named_modules()
@@ -147,9 +134,6 @@ def left_alone(module: nn.Module) -> dict[str, int]:
     """Bytes of what a quantised module has in another precision, by kind, the largest first.
 
     Biases of layers whose weight is in 4 bits are left out: they count with the weight.
-
-    Args:
-        module: The module.
     """
     sizes: Counter[str] = Counter()
     seen: set[int] = set()
@@ -179,15 +163,13 @@ def published_parts() -> dict[str, Callable[[], nn.Module]]:
     """What builds the parts that can be in 4 bits, with random weights, by their names."""
 
     def encoder(name: str) -> nn.Module:
-        with encoders.checkpoint(name) as folder:
-            return encoders.load_encoder(name, folder, torch.device("cpu")).backbone
+        with checkpoints.encoder_checkpoint(name) as folder:
+            return ENCODER_CLASSES[name](folder).backbone
 
-    whisper = decode.whisper_checkpoint().config
-    llama = decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS).config
-    titles = {**encoders.TITLES, "whisper": f"{encoders.TITLES['whisper']}, encoder"}
+    titles = {**TITLES, "whisper": f"{TITLES['whisper']}, encoder"}
     return {title: partial(encoder, name) for name, title in titles.items()} | {
-        "Whisper small, decoder": partial(WhisperForCausalLM, whisper),
-        "Llama-3.2-1B": partial(random_llama, llama),
+        "Whisper small, decoder": partial(WhisperForCausalLM, checkpoints.whisper().config),
+        "Llama-3.2-1B": partial(random_llama, checkpoints.llama("prefix").config),
         "Conformer, 12 blocks": partial(
             ConformerEncoder,
             attention_dim=768,
@@ -201,15 +183,7 @@ def published_parts() -> dict[str, Callable[[], nn.Module]]:
 
 
 def random_llama(config: LlamaConfig) -> PreTrainedModel:
-    """Builds a LLaMA in bfloat16, to be counted or saved: what is not saved is not set.
-
-    Args:
-        config: Its shape.
-
-    Returns:
-        The model. Its weights are drawn one by one in float32, which is six times faster than
-        PyTorch's drawing in bfloat16, and takes less memory than drawing all of them so.
-    """
+    """Builds a LLaMA in bfloat16, to be counted or saved: what is not saved is not set."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
@@ -217,6 +191,7 @@ def random_llama(config: LlamaConfig) -> PreTrainedModel:
     with torch.no_grad():
         for weight in model.parameters():
             is_norm = weight.dim() == 1
+            # Six times faster than in bfloat16, and less memory than all weights in float32.
             weight.copy_(1.0 if is_norm else torch.randn(weight.shape) * config.initializer_range)
     return model
 
@@ -229,28 +204,16 @@ class Case:
         title: What it is.
         encoders: Names of the pretrained encoders.
         llama: The decoder's checkpoint.
-        ways: Options of `E2E` by the name of the way of training that they make.
+        ways: Options of `E2E` by the name of the way of training that they make, or why it is left
+            out.
         target: Most bytes of QLoRA's peak; None for no target.
     """
 
     title: str
     encoders: tuple[str, ...]
-    llama: decode.Checkpoint
-    ways: Mapping[str, Mapping[str, Any]]
+    llama: checkpoints.Checkpoint
+    ways: Mapping[str, Mapping[str, Any] | str]
     target: float | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a process is to do.
-
-    Attributes:
-        options: Arguments of `E2E` by name.
-        frames: Frames of the utterances of a batch.
-    """
-
-    options: dict[str, Any]
-    frames: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -275,7 +238,7 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class StepRow:
+class StepRow(common.TableRow):
     """A row of the second table.
 
     Attributes:
@@ -290,23 +253,23 @@ class StepRow:
     memory: StepMemory | str
     target: float | None = None
 
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        cells = [self.case, self.way]
-        if isinstance(self.memory, str):
-            return f"| {' | '.join([*cells, *([''] * 5), self.memory])} |"
-        memory = self.memory
+    def cells(self) -> list[str]:
+        """What its columns hold."""
+        cells, memory = [self.case, self.way], self.memory
+        if isinstance(memory, str):
+            return [*cells, *([""] * 5), memory]
         cells.append(f"{memory.trained:,} of {memory.total:,}")
         for size in (memory.weights, memory.before, memory.loading, memory.steps):
             cells.append(_gigabytes(size))
         if self.target is None:
-            return f"| {' | '.join([*cells, ''])} |"
+            return [*cells, ""]
         reached = max(memory.loading, memory.steps) < self.target
-        cells.append(f"under {self.target / 1e9:g} GB: {_verdict(reached)}")
-        return f"| {' | '.join(cells)} |"
+        return [*cells, f"under {self.target / 1e9:g} GB: {common.verdict(reached)}"]
 
 
 NO_CONFORMER = {"elayers": 0}
+# A parameter takes 16 bytes: itself, its gradient and two moments in float32.
+FULL_8B = "not run: the parameters, gradients and moments of 8 billion alone take 128 GB"
 SMALL_CHUNKS = {"vision_chunk_frames": 32}
 LORA = {**NO_CONFORMER, "use_lora": True}
 QLORA = {**NO_CONFORMER, "use_qlora": True}
@@ -318,33 +281,25 @@ def full(*parts: str) -> dict[str, Any]:
 
 
 def cases(device: str) -> dict[str, Case]:
-    """The recognisers that are trained, by the size of their LLaMA.
-
-    Args:
-        device: `cpu` or `cuda`.
-    """
+    """The recognisers that are trained on `cpu` or `cuda`, by the size of their LLaMA."""
     if device == "cpu":
-        case = Case(
-            "Whisper small, Llama-3.2-1B with 4 of 16 layers",
-            ("whisper",),
-            decode.llama_checkpoint("prefix", 4),
-            {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA},
-        )
-        return {"1b": case}
+        title = "Whisper small, Llama-3.2-1B with 4 of 16 layers"
+        ways = {"full": full("audio_encoder", "decoder"), "LoRA": LORA, "QLoRA": QLORA}
+        return {"1b": Case(title, ("whisper",), checkpoints.llama("prefix", 4), ways)}
     parts = ("vision_encoder", "audio_encoder", "decoder")
     return {
         "1b": Case(
             "CLIP ViT-B/16, Whisper small, Llama-3.2-1B",
             ("clip", "whisper"),
-            decode.llama_checkpoint("prefix", decode.LLAMA_LAYERS),
+            checkpoints.llama("prefix"),
             {"full": full(*parts), "LoRA": LORA, "QLoRA": QLORA},
         ),
         "8b": Case(
             "CLIP ViT-B/16 in chunks of 32 frames, Whisper small, Llama-3.1-8B",
             ("clip", "whisper"),
-            llama_8b_checkpoint(),
+            checkpoints.llama_8b(),
             {
-                "full": full(*parts),
+                "full": FULL_8B,
                 "LoRA": {**LORA, **SMALL_CHUNKS},
                 "QLoRA": {**QLORA, **SMALL_CHUNKS},
                 "QLoRA, and a Conformer of 12 blocks": {"use_qlora": True, **SMALL_CHUNKS},
@@ -354,36 +309,12 @@ def cases(device: str) -> dict[str, Case]:
     }
 
 
-def llama_8b_checkpoint() -> decode.Checkpoint:
-    """Describes a LLaMA in the shape of meta-llama/Llama-3.1-8B."""
-    smaller = decode.llama_checkpoint("prefix", 32)
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=131072,
-        rope_parameters=LLAMA3_ROPE | {"factor": 8.0},
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=smaller.config.bos_token_id,
-        eos_token_id=smaller.config.eos_token_id,
-    )
-    return decode.Checkpoint("Llama-3.1-8B", config, smaller.prompt, smaller.eos)
-
-
 @contextmanager
-def checkpoints(case: Case) -> Iterator[dict[str, Any]]:
-    """Writes the checkpoints of a recogniser.
-
-    Args:
-        case: The recogniser.
+def saved_case(case: Case) -> Iterator[dict[str, Any]]:
+    """Writes the checkpoints of a recogniser, and removes them at the end.
 
     Yields:
-        Options of `E2E` that are the same in each way of training. The folders that they name are
-        removed at the end.
+        Options of `E2E` that are the same in each way of training.
     """
     llama = case.llama
     options = {
@@ -399,95 +330,44 @@ def checkpoints(case: Case) -> Iterator[dict[str, Any]]:
         for name in case.encoders:
             part = "vision_encoder" if name in VISION_ENCODERS else "audio_encoder"
             options[part] = name
-            options[f"{part}_name"] = stack.enter_context(encoders.checkpoint(name))
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        random_llama(llama.config).save_pretrained(folder)
-        yield options | {"decoder_name": folder}
+            options[f"{part}_name"] = stack.enter_context(checkpoints.encoder_checkpoint(name))
+        options["decoder_name"] = stack.enter_context(checkpoints.saved(random_llama(llama.config)))
+        yield options
 
 
-def measure_case(case: Case, frames: tuple[int, ...], device: str) -> Iterator[StepRow]:
-    """Trains a recogniser in several ways, each in a process of its own.
-
-    Args:
-        case: The recogniser.
-        frames: Frames of the utterances of a batch.
-        device: `cpu` or `cuda`.
-
-    Yields:
-        Rows of the second table.
-    """
-    with checkpoints(case) as options:
+def measure_case(case: Case, frames: tuple[int, ...], device: torch.device) -> Iterator[StepRow]:
+    """Trains a recogniser in several ways, each in a process of its own."""
+    with saved_case(case) as options:
         for way, more in case.ways.items():
-            if reason := too_large(case, more):
-                yield StepRow(case.title, way, reason)
+            if isinstance(more, str):
+                yield StepRow(case.title, way, more)
                 continue
-            memory = run_apart(Plan(options | more, frames), device)
-            yield StepRow(case.title, way, memory, case.target if "use_qlora" in more else None)
+            try:
+                took = common.run_apart(measure_training, {**options, **more}, frames, device)
+            except BrokenProcessPool:
+                took = "ended without a result, as a process that takes more memory than there is"
+            yield StepRow(case.title, way, took, case.target if "use_qlora" in more else None)
 
 
-def too_large(case: Case, options: Mapping[str, Any]) -> str:
-    """Why a way of training is left out: a GPU that can hold an 8B LLaMA trained in full is rare.
-
-    Args:
-        case: The recogniser.
-        options: Of the way of training.
-
-    Returns:
-        The reason, empty if there is none.
-    """
-    if options.get("freeze_decoder", True):
-        return ""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(case.llama.config)
-    number = parameter_report(model).total
-    if FULL_BYTES * number < LARGEST:
-        return ""
-    return (
-        f"not run: LLaMA's {number:,} parameters with gradients and moments alone take "
-        f"{_gigabytes(FULL_BYTES * number)} GB"
-    )
-
-
-def run_apart(plan: Plan, device: str) -> StepMemory | str:
-    """Carries out a plan in a process of its own.
-
-    Args:
-        plan: What to do.
-        device: `cpu` or `cuda`.
+def measure_training(
+    options: dict[str, Any], frames: tuple[int, ...], device: torch.device
+) -> StepMemory | str:
+    """Builds a recogniser with options of `E2E` and trains it; for a process of its own.
 
     Returns:
-        What it took, or how the process ran out of memory.
-
-    Raises:
-        RuntimeError: If the process fails in another way; it has then said how.
+        What it took, or how it ran out of a GPU's memory.
     """
-    command = [sys.executable, __file__, "--device", device, "--plan", json.dumps(asdict(plan))]
-    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if process.returncode == -9:
-        return "was killed, as a process is that takes more memory than there is"
-    if process.returncode:
-        raise RuntimeError(f"a process that trains ended with status {process.returncode}")
-    result = json.loads(process.stdout.splitlines()[-1])
-    return result if isinstance(result, str) else StepMemory(**result)
-
-
-def carry_out(plan: Plan, device: torch.device) -> StepMemory:
-    """Builds a recogniser and trains it for some steps.
-
-    Args:
-        plan: What to do.
-        device: Where.
-
-    Returns:
-        What it took.
-    """
+    transformers_logging.disable_progress_bar()
     torch.manual_seed(0)
-    x, lengths, targets = make_batch(plan, device)
-    before = Memory.since_start(device).now
-    model = E2E.from_keywords(**plan.options).to(device)
-    loading = Memory.since_start(device).peak
-    forget_peak(device)
-    train(model, (x, lengths, targets), device)
+    batch = batch_of(options, frames, device)
+    before = memory.in_use(device)
+    try:
+        model = E2E.from_keywords(**options).to(device)
+        loading = memory.peak(device)
+        memory.forget_peak(device)
+        train(model, batch, device)
+    except torch.cuda.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0]}"
     report = parameter_report(model)
     return StepMemory(
         trained=report.trainable,
@@ -495,53 +375,25 @@ def carry_out(plan: Plan, device: torch.device) -> StepMemory:
         weights=report.bytes,
         before=before,
         loading=loading,
-        steps=Memory.since_start(device).peak,
+        steps=memory.peak(device),
     )
 
 
-def make_batch(
-    plan: Plan, device: torch.device
+def batch_of(
+    options: dict[str, Any], frames: tuple[int, ...], device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """Makes a batch as the data module does: noise, padded with zeros, and random tokens.
-
-    Args:
-        plan: Tells lengths, streams and vocabulary.
-        device: Where it is to be.
-
-    Returns:
-        What `E2E.forward` takes: streams, their lengths, and targets padded with -1.
-    """
-    generator = torch.Generator().manual_seed(0)
-    frames = torch.tensor(plan.frames)
-
-    def noise(lengths: Tensor, *shape: int) -> Tensor:
-        waves = [torch.randn(length, *shape, generator=generator) for length in lengths.tolist()]
-        return pad_sequence(waves, batch_first=True).to(device)
-
-    samples = frames * SAMPLES_PER_FRAME
-    x = {"audio": 0.1 * noise(samples, 1)}
-    lengths = {"audio": samples}
-    if plan.options["modality"] == "audiovisual":
-        x["video"] = noise(frames, 1, encoders.CROP, encoders.CROP)
-        lengths["video"] = frames
-    last = plan.options["eos"] - 1  # Special tokens follow the others.
-    tokens = [
-        torch.randint(1, last, (count,), generator=generator)
-        for count in (frames * TOKEN_RATE // FRAME_RATE).tolist()
-    ]
-    targets = pad_sequence(tokens, batch_first=True, padding_value=-1)
-    return x, lengths, targets
+    """Makes a batch of the streams and the vocabulary that a model with these options has."""
+    tokens = [number * TOKEN_RATE // VIDEO_RATE for number in frames]
+    # Special tokens follow the others.
+    utterances = make_utterances(frames, tokens, vocabulary=options["eos"] - 1)
+    streams = MODALITIES[options["modality"]]
+    return make_batch(utterances, device, streams)
 
 
 def train(
     model: E2E, batch: tuple[dict[str, Tensor], dict[str, Tensor], Tensor], device: torch.device
 ) -> None:
     """Takes steps on a batch, with AdamW for all trainable parameters.
-
-    Args:
-        model: The recogniser, in training mode.
-        batch: What its `forward` takes.
-        device: Where they are; on a GPU, in bfloat16 by autocast.
 
     Raises:
         RuntimeError: If the loss is not finite.
@@ -559,37 +411,6 @@ def train(
         optimizer.zero_grad()
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Memory in bytes: resident on a CPU, of tensors on a GPU.
-
-    Attributes:
-        now: What is in use.
-        peak: The most since the start, or since `forget_peak`.
-    """
-
-    now: int
-    peak: int
-
-    @classmethod
-    def since_start(cls, device: torch.device) -> "Memory":
-        """Reads it."""
-        if device.type == "cuda":
-            return cls(torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
-        # `getrusage` would not do: its peak may be that of the process that started this one.
-        lines = STATUS.read_text().splitlines()
-        sizes = {key: value for key, _, value in (line.partition(":") for line in lines)}
-        return cls(*(1024 * int(sizes[key].removesuffix("kB")) for key in ("VmRSS", "VmHWM")))
-
-
-def forget_peak(device: torch.device) -> None:
-    """Makes the peak what is in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _megabytes(size: float) -> str:
     return f"{size / 1e6:,.1f}"
 
@@ -598,19 +419,22 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f}"
 
 
-def _verdict(reached: bool) -> str:
-    return "yes" if reached else "no"
+def measure_parts(device: torch.device) -> Iterator[WeightRow]:
+    """Measures the parts that can be in 4 bits one after the other."""
+    for part, build in published_parts().items():
+        yield measure_weights(part, build().to(device, torch.bfloat16))
 
 
-def build_parser() -> ArgumentParser:
-    """Builds the command line's parser."""
-    parser = ArgumentParser(description="Measure the memory that QLoRA takes and saves.")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="where to compute (default: %(default)s)",
-    )
+def measure_steps(device: torch.device, llama: str | None) -> Iterator[StepRow]:
+    """Trains the recognisers, all or those with one LLaMA."""
+    for size, case in cases(device.type).items():
+        if llama in (None, size):
+            yield from measure_case(case, FRAMES[device.type], device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = common.device_parser("Measure the memory that QLoRA takes and saves.")
     parser.add_argument(
         "--table", choices=["weights", "steps"], help="print this table only (default: both)"
     )
@@ -619,66 +443,26 @@ def build_parser() -> ArgumentParser:
         choices=["1b", "8b"],
         help="train recognisers with this LLaMA only (default: 1b on a CPU, both on a GPU)",
     )
-    parser.add_argument("--plan", help=SUPPRESS)  # what a process of its own is to do, as JSON
-    return parser
-
-
-def print_weights(device: torch.device) -> None:
-    """Measures the parts one after the other, and prints the first table."""
-    print("| part | linear layers in 4 bits (MB) | in bfloat16 (MB) | ratio | target |", end="")
-    print(" whole part (MB) | ratio | left alone (MB) |")
-    print(f"|{'---|' * 8}", flush=True)
-    for part, build in published_parts().items():
-        print(measure_weights(part, build().to(device, torch.bfloat16)), flush=True)
-
-
-def print_steps(device: str, llama: str | None) -> None:
-    """Trains the recognisers, all or those with one LLaMA, and prints the second table."""
-    frames = FRAMES[device]
-    print(
-        f"{len(frames)} utterances, {sum(frames)} video frames, {sum(frames) / FRAME_RATE:g} s "
-        f"of audio; without padding; no Conformer unless it is named; {STEPS} steps\n"
-    )
-    print("| what | trained | trained parameters | weights (GB) | before (GB) |", end="")
-    print(" peak of loading (GB) | peak of the steps (GB) | target |")
-    print(f"|{'---|' * 8}", flush=True)
-    for size, case in cases(device).items():
-        if llama in (None, size):
-            for row in measure_case(case, frames, device):
-                print(row, flush=True)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda, but PyTorch finds no GPU: choose --device cpu")
-    if options.device == "cpu" and options.table != "weights" and not STATUS.exists():
-        parser.error(f"{STATUS} is missing, where Linux tells the peak: choose --table weights")
+    options, device = common.parse(parser, argv)
+    status = memory.PROCESS / "status"
+    if options.device == "cpu" and options.table != "weights" and not status.exists():
+        parser.error(f"{status} is missing, where Linux tells the peak: choose --table weights")
     if options.llama and options.llama not in cases(options.device):
         parser.error(f"--llama {options.llama} needs --device cuda")
     transformers_logging.disable_progress_bar()
-    device = torch.device(options.device)
-    if options.plan:
-        try:
-            result = asdict(carry_out(Plan(**json.loads(options.plan)), device))
-        except torch.cuda.OutOfMemoryError as error:
-            result = f"out of memory: {str(error).splitlines()[0]}"
-        print(json.dumps(result))
-        return
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    print(
-        f"torch {torch.__version__}, transformers {transformers.__version__}, bitsandbytes "
-        f"{version('bitsandbytes')}, peft {version('peft')}, {where}, {torch.get_num_threads()} "
-        "CPU threads\n"
-    )
+    common.print_facts(device, "transformers", "bitsandbytes", "peft")
     if options.table != "steps":
-        print_weights(device)
+        common.print_table(HEAD_OF_WEIGHTS, measure_parts(device))
     if options.table is None:
         print()
     if options.table != "weights":
-        print_steps(options.device, options.llama)
+        frames = FRAMES[options.device]
+        print(
+            f"{len(frames)} utterances, {sum(frames)} video frames, "
+            f"{sum(frames) / VIDEO_RATE:g} s of audio; without padding; no Conformer unless "
+            f"it is named; {STEPS} steps\n"
+        )
+        common.print_table(HEAD_OF_STEPS, measure_steps(device, options.llama))
 
 
 if __name__ == "__main__":

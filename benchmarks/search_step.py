@@ -18,19 +18,18 @@ compared decodes as many tokens.
   keeps of freed memory counts too.
 """
 
-import ctypes
-import gc
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.encoders import Row
-from benchmarks.timing import time_in_turns
+from benchmarks.common import Row, time_in_turns
+from benchmarks.memory import peak_of
+from benchmarks.noise import noise
+from espnet.formats import VIDEO_RATE
 from espnet.nets.batch_beam_search import BatchBeamSearch
 from espnet.nets.hypothesis import Hypothesis
 from espnet.nets.pytorch_backend.ctc import CTC
@@ -40,7 +39,6 @@ from espnet.nets.scorers.ctc import CTCPrefixScorer
 CTC_WEIGHT = 0.1
 FIRST, LAST = 5, 40  # tokens that the timed steps attend to
 MIDDLE = (FIRST + LAST) // 2
-FRAMES_PER_SECOND = 25
 MAX_FRAMES = 1600  # default of --decode-max-frames
 CTC_TARGET = 0.2
 
@@ -89,41 +87,11 @@ class SearchWork:
     memory_shapes: tuple[tuple[int, int], ...] = ((2, 80), (8, 20))
 
 
+ON_GPU = {"step_repeats": 10, "step_target": 2, "batch_tokens": 50, "batch_target": 6}
 WORK = {
     "cpu": SearchWork(),
-    "cuda": SearchWork(
-        step_repeats=10,
-        step_target=2,
-        batch_tokens=50,
-        batch_repeats=3,
-        batch_target=6,
-        memory_shapes=((4, 400), (16, 100)),
-    ),
+    "cuda": SearchWork(**ON_GPU, memory_shapes=((4, 400), (16, 100))),
 }
-
-
-@dataclass(frozen=True)
-class SearchRow(Row):
-    """A row of the table, in a unit of its own, that tells whether a target is reached."""
-
-    target: float | None
-    unit: str = field(default="ms", kw_only=True)
-
-    def __str__(self) -> str:
-        """The row in Markdown."""
-        limit, comparison = ("at least", " times faster") if self.faster else ("at most", " times")
-        target = ""
-        if self.target is not None:
-            reached = self.ratio >= self.target if self.faster else self.ratio <= self.target
-            target = f"{limit} {self.target:g}{comparison}: {'yes' if reached else 'no'}"
-        cells = [
-            self.what,
-            f"{self.time:.1f} {self.unit}",
-            f"{self.reference:.1f} {self.unit}",
-            f"{self.ratio:.2f}{comparison}",
-            target,
-        ]
-        return f"| {' | '.join(cells)} |"
 
 
 class SearchBenchmark:
@@ -140,6 +108,7 @@ class SearchBenchmark:
         self.size = size
         self.beam_size = beam_size
         self.device = device
+        self.on_gpu = device.type == "cuda"
         self.eos = size.odim - 1
         self.decoder = TransformerDecoder(
             odim=size.odim,
@@ -163,8 +132,7 @@ class SearchBenchmark:
 
     def memory(self, frames: int, seed: int = 0) -> Tensor:
         """Encoder output of an utterance: noise, (T, D)."""
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(frames, self.size.dim, generator=generator).to(self.device)
+        return noise(frames, self.size.dim, device=self.device, seed=seed)
 
     def search(self, memory: Tensor, tokens: int) -> list[Hypothesis]:
         """N-best list of one utterance (T, D), all of as many tokens."""
@@ -177,24 +145,19 @@ class SearchBenchmark:
         return self.beam_search(padded, lengths, maxlenratio=-tokens, minlenratio=-tokens)
 
     def products(self, rows: int, frames: int, lengths: Iterable[int]) -> Callable[[], None]:
-        """The matrix products of some steps.
+        """The matrix products of some steps, and nothing else.
 
         Args:
             rows: Hypotheses N, of one utterance as far as its memory is concerned.
             frames: Frames T of the memory.
             lengths: Tokens that each step attends to.
-
-        Returns:
-            What computes them, and nothing else.
         """
         size = self.size
         random = partial(torch.randn, device=self.device)
         head_dim = size.dim // size.heads
         x, hidden = random(rows, size.dim), random(rows, size.units)
-        query, to_memory = (
-            random(rows * size.heads, 1, head_dim),
-            random(size.heads, rows, head_dim),
-        )
+        query = random(rows * size.heads, 1, head_dim)
+        to_memory = random(size.heads, rows, head_dim)
         tokens = [
             (
                 random(len(query), head_dim, length),
@@ -225,13 +188,9 @@ class SearchBenchmark:
         return compute
 
     def ctc_steps(self, frames: int) -> Callable[[], None]:
-        """The CTC prefix scores of all timed steps of one utterance.
+        """The CTC prefix scores of all timed steps of one utterance of T frames.
 
-        Args:
-            frames: Its frames T.
-
-        Returns:
-            What computes them: scores of the candidates, then the recursion for what is kept.
+        Each step scores the candidates, then takes the recursion for what is kept.
         """
         memory, lengths = self.memory(frames)[None], torch.tensor([frames])
         state = self.ctc_scorer.init(memory, lengths, self.beam_size)
@@ -252,20 +211,21 @@ class SearchBenchmark:
         return compute
 
     def decoder_step(self, frames: int) -> Callable[[], Tensor]:
-        """A cached step of the decoder alone, in the middle of the timed ones.
-
-        Args:
-            frames: Frames T of one utterance.
-
-        Returns:
-            What scores the tokens that follow, (K, V), each time as many.
-        """
+        """A cached step of the decoder alone, (K, V), in the middle of the timed ones."""
         memory, lengths = self.memory(frames)[None], torch.tensor([frames])
         state = self.decoder.init(memory, lengths, self.beam_size)
         tokens = torch.randint(1, self.eos, (self.beam_size,), device=self.device)
         for _ in range(MIDDLE - 1):
             _, state = self.decoder.score(tokens, state)
         return lambda: self.decoder.score(tokens, state)[0]
+
+    def reference(self, frames: int) -> tuple[Callable[[], object], str]:
+        """What the timed steps of one utterance of T frames cannot do without, and its name."""
+        if not self.on_gpu:
+            lengths = range(FIRST, LAST + 1)
+            return self.products(self.beam_size, frames, lengths), "bare products"
+        replay = graph_of(self.decoder_step(frames))
+        return lambda: [replay() for _ in range(FIRST, LAST + 1)], "its decoder in a CUDA graph"
 
     def token_bytes(self) -> int:
         """Keys and values of one token of every hypothesis of an utterance."""
@@ -288,23 +248,10 @@ def graph_of(function: Callable[[], Tensor]) -> Callable[[], None]:
     return graph.replay
 
 
-def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[SearchRow]:
-    """Times a step of the search of one utterance.
-
-    Args:
-        benchmark: Decoder and search.
-        frames: Frames T.
-        work: How much is computed.
-
-    Yields:
-        Rows of the step and of its CTC prefix scores.
-    """
+def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> Iterator[Row]:
+    """Times a step of the search of one utterance of T frames, and its CTC prefix scores."""
     memory, steps = benchmark.memory(frames), LAST - FIRST + 1
-    reference = benchmark.products(benchmark.beam_size, frames, range(FIRST, LAST + 1))
-    name = "bare products"
-    if benchmark.device.type == "cuda":
-        replay = graph_of(benchmark.decoder_step(frames))
-        reference, name = lambda: [replay() for _ in range(steps)], "its decoder in a CUDA graph"
+    reference, name = benchmark.reference(frames)
     alternatives = [
         partial(benchmark.search, memory, FIRST - 1),
         partial(benchmark.search, memory, LAST),
@@ -313,29 +260,15 @@ def measure_step(benchmark: SearchBenchmark, frames: int, work: SearchWork) -> I
     ]
     timings = time_in_turns(alternatives, benchmark.device, work.step_repeats)
     first, last, bare, ctc = (timing.milliseconds / steps for timing in timings)
-    title = f"{frames} frames, beam {benchmark.beam_size}"
-    yield SearchRow(
-        f"A step, {title} (reference: {name})", last - first, bare, work.step_target, False
-    )
-    yield SearchRow(
-        f"Its CTC prefix scores, {title} (reference: the step)",
-        ctc,
-        last - first,
-        CTC_TARGET,
-        False,
-    )
+    title, unit = f"{frames} frames, beam {benchmark.beam_size}", "ms"
+    step = last - first
+    yield Row(f"A step, {title} (reference: {name})", step, bare, work.step_target, unit)
+    what = f"Its CTC prefix scores, {title} (reference: the step)"
+    yield Row(what, ctc, step, CTC_TARGET, unit)
 
 
-def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
-    """Times the search of several utterances at once and one by one.
-
-    Args:
-        benchmark: Decoder and search.
-        work: How much is computed.
-
-    Returns:
-        A row, in milliseconds per utterance.
-    """
+def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> Row:
+    """Times the search of several utterances at once and one by one, in ms per utterance."""
     memories = [benchmark.memory(frames, seed) for seed, frames in enumerate(work.batch_frames)]
     count, tokens = len(memories), work.batch_tokens
     timings = time_in_turns(
@@ -358,14 +291,15 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
     repeats = 3 * work.batch_repeats
     timings = time_in_turns(products, benchmark.device, repeats)
     at_once, bare = (timing.milliseconds for timing in timings)
-    shortest, longest = (edge(work.batch_frames) / FRAMES_PER_SECOND for edge in (min, max))
-    return SearchRow(
+    shortest, longest = (edge(work.batch_frames) / VIDEO_RATE for edge in (min, max))
+    return Row(
         f"{count} utterances of {shortest:.1f} to {longest:.1f} s at once, {tokens} tokens each, "
         "an utterance (reference: one by one)",
         together,
         alone,
         work.batch_target,
-        True,
+        "ms",
+        faster=True,
         notes=[
             f"at once and one by one, the best hypotheses of {same} of {count} utterances have the "
             f"same tokens; every hypothesis has {tokens}",
@@ -375,56 +309,15 @@ def measure_batch(benchmark: SearchBenchmark, work: SearchWork) -> SearchRow:
     )
 
 
-def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """Most memory that a call takes beside what is there before.
-
-    Args:
-        function: What is called.
-        device: Where it computes. On a CPU, the pages of the process count, as Linux tells.
-
-    Returns:
-        Bytes.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # Freed memory that is used again would not count.
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    before = _resident_bytes("VmHWM")
-    function()
-    return _resident_bytes("VmHWM") - before
-
-
-def _resident_bytes(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[SearchRow]:
-    """Measures the memory of batches of as many padded frames, decoded to one token a frame.
-
-    Args:
-        benchmark: Decoder and search.
-        work: How much is computed.
-
-    Yields:
-        A row for each batch, in megabytes.
-    """
+def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Row]:
+    """Measures the memory of batches of as many padded frames, decoded to one token a frame."""
     for utterances, frames in work.memory_shapes:
         memories = [benchmark.memory(frames, seed) for seed in range(utterances)]
-        peak = peak_bytes(
-            partial(benchmark.search_batch, memories, frames), device=benchmark.device
-        )
-        yield SearchRow(
+        peak = peak_of(partial(benchmark.search_batch, memories, frames), benchmark.device)
+        yield Row(
             f"Memory of {utterances} utterances of {frames} frames (reference: keys and values)",
             peak / 1e6,
             utterances * frames * benchmark.token_bytes() / 1e6,
-            None,
-            False,
             unit="MB",
             notes=[
                 f"with --decode-max-frames {MAX_FRAMES}, a search of {utterances} utterances of "
@@ -435,20 +328,8 @@ def measure_memory(benchmark: SearchBenchmark, work: SearchWork) -> Iterator[Sea
         )
 
 
-def measure(
-    size: Size, beam_size: int, work: SearchWork, device: torch.device
-) -> Iterator[SearchRow]:
-    """Measures all.
-
-    Args:
-        size: Shape of the decoder.
-        beam_size: Hypotheses K.
-        work: How much is computed.
-        device: Where.
-
-    Yields:
-        Rows of the table.
-    """
+def measure(size: Size, beam_size: int, work: SearchWork, device: torch.device) -> Iterator[Row]:
+    """Measures the search with K hypotheses."""
     benchmark = SearchBenchmark(size, beam_size, device)
     benchmark.search(benchmark.memory(10), 2)  # Libraries take memory on their first use.
     # Memory first: the less is kept from before, the more exact it is.

@@ -11,7 +11,7 @@ margin, `generate`'s after 30 s, and the time of encoding and search by that of 
 import csv
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
+from benchmarks.common import markdown_line
 from datamodule.media import read_audio
 from datamodule.noise import FileNoise, add_noise
 from datamodule.pretrained_text_transform import PretrainedTextTransform, whisper_text_transform
@@ -118,7 +119,10 @@ def searcher_of(
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    options = _parse(argv)
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", help="multilingual Whisper: hub id or folder")
+    parser.add_argument("clips", type=Path, help="folder with recordings and transcripts.csv")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = list(csv.DictReader((options.clips / "transcripts.csv").open()))
     normalize_text = normalizer("whisper")
@@ -137,8 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     conditions = [(snr, beam) for snr in SNRS for beam in BEAMS]
     titles = [f"{'clean' if s >= CLEAN_SNR else f'{s:g} dB'}, beam {b}" for s, b in conditions]
     words = sum(len(text.split()) for text in references)
-    _print_row([f"WER [%] of {words} words", *titles, "texts of `generate`", "time"])
-    _print_row(["---", *["---:"] * (len(titles) + 2)])
+    print(markdown_line([f"WER [%] of {words} words", *titles, "texts of `generate`", "time"]))
+    print(markdown_line(["---", *["---:"] * (len(titles) + 2)]), flush=True)
     theirs, seconds_30s = {}, None
     for label, transcribe in systems.items():
         rates, same, start = [], 0, time.perf_counter()
@@ -154,18 +158,8 @@ def main(argv: list[str] | None = None) -> None:
             seconds_30s = seconds
         ratio = f"{seconds / seconds_30s:.2f}" if seconds_30s else ""
         texts_alike = f"{same} of {len(clips) * len(conditions)}"
-        _print_row([label, *(f"{rate:.1f}" for rate in rates), texts_alike, ratio])
-
-
-def _print_row(cells: list[str]) -> None:
-    print("|", " | ".join(cells), "|", flush=True)
-
-
-def _parse(argv: list[str] | None) -> Namespace:
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="multilingual Whisper: hub id or folder")
-    parser.add_argument("clips", type=Path, help="folder with recordings and transcripts.csv")
-    return parser.parse_args(argv)
+        cells = [label, *(f"{rate:.1f}" for rate in rates), texts_alike, ratio]
+        print(markdown_line(cells), flush=True)
 
 
 if __name__ == "__main__":

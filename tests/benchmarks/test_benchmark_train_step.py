@@ -1,14 +1,15 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import train_step
+from benchmarks.common import CPU
 from benchmarks.train_step import Work
 
-CPU = torch.device("cpu")
 SIZES = {
     "adim": 16,
     "aheads": 2,
@@ -19,9 +20,7 @@ SIZES = {
     "video_width": 2,
     "audio_width": 2,
 }
-WORK = Work(
-    elayers=2, repeats=1, frames=(9, 4, 7, 1), crop=24, odim=11, sizes={**SIZES, "dropout_rate": 0}
-)
+WORK = Work(elayers=2, repeats=1, frames=(9, 4, 7, 12), crop=24, odim=11, sizes=SIZES)
 
 
 def gradients(model):
@@ -31,70 +30,55 @@ def gradients(model):
 def note_inputs(module, kinds):
     """Shape of what each layer of these kinds is given, by name, once the module has run."""
     shapes = {}
-
-    def note(name, shape):
-        shapes[name] = shape
-
     for name, layer in module.named_modules():
         if isinstance(layer, kinds):
-            layer.register_forward_hook(
-                lambda _, args, __, name=name: note(name, tuple(args[0].shape))
+            layer.register_forward_pre_hook(
+                lambda _, args, name=name: shapes.update({name: tuple(args[0].shape)})
             )
     return shapes
 
 
-def test_the_reference_computes_the_same_loss_gradients_and_statistics():
-    utterances = train_step.make_utterances(WORK, CPU)
-    model = train_step.build_model(WORK, CPU)
+def test_one_by_one_has_the_loss_and_the_gradients_of_the_batch():
+    utterances = train_step.utterances_of(WORK)
+    model = train_step.build_model(WORK, CPU).eval()  # batch norm does not look at the batch
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape)  # no weight has a special value
     twin = copy.deepcopy(model)
-    loss = train_step.padded_step(model, utterances)()
-    expected = train_step.reference_step(twin, utterances)()
+    loss = train_step.step_on(model, [utterances], CPU)()
+    expected = train_step.step_on(twin, [[one] for one in utterances], CPU)()
     torch.testing.assert_close(loss, expected)
     # Sums over thousands of pixels and samples, in another order.
     torch.testing.assert_close(gradients(model), gradients(twin), rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(dict(model.named_buffers()), dict(twin.named_buffers()))
 
 
-def frame_counts(shapes):
-    """Numbers of rows but for the positions, of which a Conformer has 2T - 1."""
-    return {math.prod(shape[:-1]) for name, shape in shapes.items() if "linear_pos" not in name}
-
-
-FRAMES, TOKENS = sum(WORK.frames), 2 + 1 + 1 + 1 + len(WORK.frames)
-
-
-def test_the_reference_never_computes_on_padding():
-    model = train_step.build_model(WORK, CPU)
-    linear = note_inputs(model, nn.Linear | nn.LayerNorm)
-    norms = note_inputs(model.audio_frontend, nn.BatchNorm1d)
-    train_step.reference_step(model, train_step.make_utterances(WORK, CPU))()
-    assert frame_counts(linear) == {FRAMES, TOKENS}
-    assert frame_counts(norms) == {FRAMES * steps for steps in (20, 40, 80, 160)}
-
-
-def test_only_real_frames_pass_through_front_end_and_conformer():
-    model = train_step.build_model(WORK, CPU)
-    layers = note_inputs(model.encoder, nn.Linear | nn.LayerNorm | nn.BatchNorm1d)
-    norms = note_inputs(model.audio_frontend, nn.BatchNorm1d)
-    train_step.padded_step(model, train_step.make_utterances(WORK, CPU))()
-    assert frame_counts(layers) == {FRAMES}
-    assert frame_counts(norms) == {FRAMES * steps for steps in (20, 40, 80, 160)}
+def test_equal_utterances_hold_the_same_without_padding():
+    utterances = train_step.utterances_of(WORK)
+    equal = train_step.equal_utterances(utterances)
+    for name in ("video", "audio", "target"):
+        before, after = ([getattr(one, name) for one in many] for many in (utterances, equal))
+        torch.testing.assert_close(torch.cat(after), torch.cat(before))
+        assert max(map(len, after)) - min(map(len, after)) <= (name == "target")
 
 
 @pytest.mark.parametrize("frames", [(9, 4, 7, 1), (5, 5)])
-def test_only_real_frames_pass_through_the_resnet_of_the_video(frames):
-    work = Work(elayers=1, repeats=1, frames=frames, crop=24, odim=11, sizes=SIZES)
+def test_only_real_frames_pass_through_front_ends_and_conformer(frames):
+    work = replace(WORK, frames=frames)
     model = train_step.build_model(work, CPU)
-    shapes = note_inputs(
-        model.video_frontend, nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm3d | nn.MaxPool2d
-    )
-    train_step.padded_step(model, train_step.make_utterances(work, CPU))()
+    pixels = nn.Conv2d | nn.BatchNorm2d | nn.BatchNorm3d | nn.MaxPool2d
+    video = note_inputs(model.video_frontend, pixels)
+    audio = note_inputs(model.audio_frontend, nn.BatchNorm1d)
+    layers = note_inputs(model.encoder, nn.Linear | nn.LayerNorm | nn.BatchNorm1d)
+    train_step.step_on(model, [train_step.utterances_of(work)], CPU)()
     # A norm and the pooling before eight blocks of two convolutions and norms each; the
     # shortcuts' three norms.
-    assert len(shapes) == 2 + 8 * 4 + 3
-    assert {shape[0] for shape in shapes.values()} == {sum(frames)}
+    assert len(video) == 2 + 8 * 4 + 3
+    assert {shape[0] for shape in video.values()} == {sum(frames)}
+    assert {math.prod(s[:-1]) for s in audio.values()} == {
+        sum(frames) * steps for steps in (20, 40, 80, 160)
+    }
+    # Of positions, a Conformer has 2T - 1.
+    rows = {math.prod(s[:-1]) for name, s in layers.items() if "linear_pos" not in name}
+    assert rows == {sum(frames)}
 
 
 def test_the_model_of_the_benchmark_has_auto_avsrs_sizes():
@@ -139,26 +123,23 @@ def test_the_share_of_other_work():
 
 
 @pytest.mark.parametrize("arguments", [[], ["--compile"]])
-def test_prints_a_table(arguments, monkeypatch, capsys):
+def test_prints_a_table(arguments, monkeypatch, tables):
     monkeypatch.setitem(train_step.WORK, "cpu", WORK)
     monkeypatch.setattr(torch, "compile", lambda model: model)  # It takes a minute.
     train_step.main(["--device", "cpu", *arguments])
-    facts, empty, *table = capsys.readouterr().out.splitlines()
-    assert facts == f"torch {torch.__version__}, cpu, 1 CPU threads, float32"
-    assert not empty
-    end = table.index("")
-    head, line, *rows = ([cell.strip() for cell in row.split("|")[1:-1]] for row in table[:end])
-    assert head == ["what", "time (ms)", "reference (ms)", "ratio", "target"]
-    assert line == ["---"] * 5
-    assert [target for *_, target in rows[:2]] == ["at most 1.15 times"] * 2
-    assert rows[0][0] == (
-        "training step, 2 Conformer blocks, 4 utterances, 21 frames in all (reference: real frames "
-        "only)"
-    )
+    (table,) = tables()
+    assert table.head == ["what", "time (ms)", "reference (ms)", "ratio", "target"]
+    content = "4 utterances, 32 frames in all"
     settings = ["bfloat16", "torch.compile", "torch.compile and bfloat16"] if arguments else []
-    assert [what.split(" (")[0] for what, *_ in rows[2:]] == [
-        f"training step in {setting}" for setting in settings
+    assert [row[0] for row in table.rows] == [
+        f"training step, 2 Conformer blocks, {content} (reference: one by one)",
+        f"training step, 2 Conformer blocks, {content} (reference: the same without padding)",
+        f"ResNet of the video, {content} (reference: as one utterance)",
+        *[f"training step in {name} (reference: float32, not compiled)" for name in settings],
     ]
-    notes = table[end + 1 :]
-    assert [note.split(":")[0] for note in notes] == ["- float32", *(f"- {s}" for s in settings)]
-    assert all(" frames and " in note and " tokens a second" in note for note in notes)
+    targets = [row[-1].split(":")[0] for row in table.rows]
+    faster = "at least 1 times faster"
+    assert targets == [faster, *["at most 1.15 times"] * 2, *[faster] * len(settings)]
+    names = [f"- {name}" for name in ("float32", *settings)]
+    assert [note.split(":")[0] for note in table.notes] == names
+    assert all(" frames and " in note and " tokens a second" in note for note in table.notes)

@@ -1,7 +1,5 @@
-import json
-import signal
-import subprocess
-from contextlib import contextmanager, nullcontext
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 
 import pytest
@@ -9,14 +7,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import decode, qlora_memory
-from benchmarks.decode import Checkpoint
-from benchmarks.qlora_memory import Case, Memory, Plan, StepMemory, StepRow, WeightRow
+from benchmarks import checkpoints, common, memory, qlora_memory
+from benchmarks.checkpoints import Checkpoint
+from benchmarks.common import CPU
+from benchmarks.qlora_memory import Case, StepMemory, StepRow, WeightRow
 from espnet.nets.adaptation import INSTALLED
-from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 
-CPU = torch.device("cpu")
 FRAMES = (20, 13)
 MEMORY = StepMemory(
     trained=5, total=1234, weights=2_000_000_000, before=1, loading=3 * 10**9, steps=4 * 10**9
@@ -55,21 +52,7 @@ def tiny_case(**changes):
 def tiny(tiny_checkpoints, monkeypatch):
     """Encoders of the tiny checkpoints in place of those of published sizes."""
     monkeypatch.setattr(
-        qlora_memory.encoders, "checkpoint", lambda name: nullcontext(str(tiny_checkpoints / name))
-    )
-
-
-@contextmanager
-def plan(way):
-    case = tiny_case()
-    with qlora_memory.checkpoints(case) as options:
-        yield Plan(options | case.ways[way], FRAMES)
-
-
-def run_process(monkeypatch, **result):
-    """Makes a process end at once."""
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, **result)
+        checkpoints, "encoder_checkpoint", lambda name: nullcontext(str(tiny_checkpoints / name))
     )
 
 
@@ -126,7 +109,7 @@ def test_an_output_layer_is_left_alone_and_named(tied):
 @pytest.mark.parametrize("name", ["vit", "clip", "whisper", "wavlm"])
 @pytest.mark.usefixtures("tiny")
 def test_all_of_an_encoder_is_counted_once(name):
-    title = qlora_memory.encoders.TITLES[name] + (", encoder" if name == "whisper" else "")
+    title = checkpoints.TITLES[name] + (", encoder" if name == "whisper" else "")
     module = qlora_memory.published_parts()[title]().bfloat16()
     sizes = {id(p): 2 * p.numel() for p in module.parameters()}
     row = qlora_memory.measure_weights(name, module)
@@ -142,48 +125,11 @@ def test_all_of_an_encoder_is_counted_once(name):
     )
 
 
-@needs_both
-def test_a_conformer_keeps_convolutions_norms_and_biases_of_positions():
-    torch.manual_seed(0)
-    encoder = ConformerEncoder(
-        attention_dim=64,
-        attention_heads=4,
-        linear_units=128,
-        num_blocks=1,
-        cnn_module_kernel=7,
-        dropout_rate=0.1,
-    )
-    row = qlora_memory.measure_weights("Conformer", encoder.bfloat16())
-    convolutions = 64 * 128 + 128 + 64 * 7 + 64 + 64 * 64 + 64
-    norms = 2 * 64 * (5 + 1 + 1)  # of the block, the convolution and the end
-    assert row.left_alone == {
-        "convolutions": 2 * convolutions,
-        "norms": 2 * norms,
-        "others": 2 * 2 * 64,
-    }
-
-
-def test_parts_have_published_sizes():
+def test_decoders_are_those_of_published_models():
     parts = qlora_memory.published_parts()
-    assert list(parts) == [
-        "ViT-B/16",
-        "CLIP ViT-B/16",
-        "Whisper small, encoder",
-        "WavLM base plus",
-        "Whisper small, decoder",
-        "Llama-3.2-1B",
-        "Conformer, 12 blocks",
-    ]
-    numbers = []
-    with torch.device("meta"):
-        numbers.append(sum(p.numel() for p in parts["Whisper small, decoder"]().parameters()))
-        for config in (
-            parts["Llama-3.2-1B"].args[0],
-            qlora_memory.llama_8b_checkpoint().config,
-        ):
-            llama = AutoModelForCausalLM.from_config(config)
-            numbers.append(sum(p.numel() for p in llama.parameters()))
-    assert numbers == [241_734_912 - 88_154_112, 1_235_814_400, 8_030_261_248]
+    whisper, llama = (parts[name].args[0] for name in ("Whisper small, decoder", "Llama-3.2-1B"))
+    assert whisper.to_dict() == checkpoints.whisper().config.to_dict()
+    assert llama.num_hidden_layers == checkpoints.LLAMA_LAYERS
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -231,71 +177,39 @@ def test_rows_without_target_or_memory():
     assert str(StepRow("case", "full", "not run")) == "| case | full |  |  |  |  |  | not run |"
 
 
-def test_a_peak_can_be_forgotten():
-    start = Memory.since_start(CPU)
-    assert 0 < start.now <= start.peak
-    size = 2**26
-    block = torch.ones(size)
-    high = Memory.since_start(CPU)
-    del block
-    after = Memory.since_start(CPU)
-    # The block has 4 bytes for each number; Linux counts in steps, and some memory was free.
-    assert high.now > start.now + 3 * size
-    assert after.peak > start.now + 3 * size
-    assert after.now < high.now - 3 * size
-    qlora_memory.forget_peak(CPU)
-    assert Memory.since_start(CPU).peak < high.now - 2 * size
-
-
-def test_a_batch_has_real_lengths():
+def test_a_batch_has_the_streams_and_tokens_of_its_model():
     options = {"modality": "audiovisual", "eos": 300}
-    x, lengths, targets = qlora_memory.make_batch(Plan(options, (100, 60)), CPU)
-    assert x["video"].shape == (2, 100, 1, 88, 88)
-    assert x["audio"].shape == (2, 64_000, 1)
+    x, lengths, targets = qlora_memory.batch_of(options, (100, 60), CPU)
+    assert list(x) == list(lengths) == ["video", "audio"]
     assert lengths["video"].tolist() == [100, 60]
-    assert lengths["audio"].tolist() == [64_000, 38_400]
-    for name, length in (("video", 60), ("audio", 38_400)):
-        assert x[name][1, :length].ne(0).flatten(1).any(dim=1).all()
-        assert not x[name][1, length:].any()
     assert (targets != -1).sum(dim=1).tolist() == [16, 9]
-    real = targets[targets != -1]
-    assert 1 <= real.min() <= real.max() < 299
-    again = qlora_memory.make_batch(Plan(options, (100, 60)), CPU)
-    torch.testing.assert_close(again, (x, lengths, targets))
-    audio, _, _ = qlora_memory.make_batch(Plan({"modality": "audio", "eos": 300}, (100,)), CPU)
+    assert targets.max() < 299
+    audio, _, _ = qlora_memory.batch_of({"modality": "audio", "eos": 300}, (100,), CPU)
     assert list(audio) == ["audio"]
-
-
-def test_batches_have_the_frames_that_are_told():
-    assert sum(qlora_memory.FRAMES["cuda"]) == 1000
-    assert sum(qlora_memory.FRAMES["cpu"]) == 300
 
 
 @needs_both
 @pytest.mark.parametrize("way", ["full", "LoRA", "QLoRA"])
 @pytest.mark.usefixtures("tiny")
-def test_steps_train_what_the_way_says(way):
-    with plan(way) as what:
+def test_steps_train_what_the_way_says(way, monkeypatch):
+    case = tiny_case()
+    with qlora_memory.saved_case(case) as options:
+        options |= case.ways[way]
         torch.manual_seed(0)
-        model = qlora_memory.E2E.from_keywords(**what.options)
-        assert model.training
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        batch = qlora_memory.make_batch(what, CPU)
-        losses = []
-        forward = model.forward
-        model.forward = lambda *args: losses.append(forward(*args)) or losses[-1]
-        optimisers = []
-        with pytest.MonkeyPatch.context() as patch:
-            original = torch.optim.AdamW
-            patch.setattr(
-                torch.optim,
-                "AdamW",
-                lambda *args, **options: (
-                    optimisers.append(original(*args, **options)) or optimisers[-1]
-                ),
-            )
-            qlora_memory.train(model, batch, CPU)
+        model = qlora_memory.E2E.from_keywords(**options)
+    assert model.training
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    losses, optimisers = [], []
+    forward, make_optimiser = model.forward, torch.optim.AdamW
+
+    def adamw(*args, **options):
+        optimisers.append(make_optimiser(*args, **options))
+        return optimisers[-1]
+
+    monkeypatch.setattr(model, "forward", lambda *args: losses.append(1) or forward(*args))
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    qlora_memory.train(model, qlora_memory.batch_of(options, FRAMES, CPU), CPU)
     assert len(losses) == qlora_memory.STEPS
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed == trained
@@ -319,7 +233,7 @@ def test_a_loss_that_is_not_finite_is_refused():
 @pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_each_way_has_a_process_of_its_own():
-    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, "cpu"))
+    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, CPU))
     assert [row.way for row in rows] == ["full", "LoRA", "QLoRA"]
     assert [row.target for row in rows] == [None, None, 10**12]
     full, lora, qlora = (row.memory for row in rows)
@@ -330,138 +244,81 @@ def test_each_way_has_a_process_of_its_own():
     assert all(min(asdict(memory).values()) > 0 for memory in (full, lora, qlora))
 
 
-@needs_both
-@pytest.mark.usefixtures("tiny")
-def test_a_process_prints_what_it_took(capsys):
-    with plan("QLoRA") as what:
-        qlora_memory.main(["--device", "cpu", "--plan", json.dumps(asdict(what))])
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert list(result) == ["trained", "total", "weights", "before", "loading", "steps"]
-    assert 0 < result["trained"] < result["total"]
-
-
-def test_a_process_out_of_gpu_memory_says_so(monkeypatch, capsys):
+def test_running_out_of_memory_ends_a_row_only(monkeypatch):
     def fail(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 1 GiB\nand more")
 
-    monkeypatch.setattr(qlora_memory, "carry_out", fail)
-    qlora_memory.main(["--device", "cpu", "--plan", json.dumps(asdict(Plan({}, FRAMES)))])
-    printed = capsys.readouterr().out
-    run_process(monkeypatch, returncode=0, stdout=f"something else\n{printed}")
-    assert qlora_memory.run_apart(Plan({}, FRAMES), "cpu") == (
+    monkeypatch.setattr(qlora_memory.E2E, "from_keywords", nn.Identity)
+    monkeypatch.setattr(qlora_memory, "batch_of", lambda *_: None)
+    monkeypatch.setattr(qlora_memory, "train", fail)
+    assert qlora_memory.measure_training({}, FRAMES, CPU) == (
         "out of memory: CUDA out of memory. Tried 1 GiB"
     )
 
 
 def test_a_process_that_is_killed_ends_its_row_only(monkeypatch):
-    run_process(monkeypatch, returncode=-signal.SIGKILL, stdout="")
-    assert "was killed" in qlora_memory.run_apart(Plan({}, FRAMES), "cpu")
+    def be_killed(*_):
+        raise BrokenProcessPool
 
-
-def test_a_process_that_fails_ends_the_benchmark(monkeypatch):
-    run_process(monkeypatch, returncode=1, stdout="")
-    with pytest.raises(RuntimeError, match="a process that trains ended with status 1"):
-        qlora_memory.run_apart(Plan({}, FRAMES), "cpu")
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
+    monkeypatch.setattr(common, "run_apart", be_killed)
+    rows = list(qlora_memory.measure_case(tiny_case(), FRAMES, CPU))
+    assert len(rows) == 3
+    assert all("ended without a result" in row.memory for row in rows)
 
 
 def test_llama_of_8b_is_not_trained_in_full(monkeypatch):
-    ran = []
-    monkeypatch.setattr(qlora_memory, "checkpoints", lambda _: nullcontext({}))
-    monkeypatch.setattr(
-        qlora_memory, "run_apart", lambda plan, _: ran.append(plan.options) or MEMORY
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
+    monkeypatch.setattr(common, "run_apart", lambda *_: MEMORY)
+    smaller, larger = (
+        list(qlora_memory.measure_case(case, FRAMES, CPU))
+        for case in qlora_memory.cases("cuda").values()
     )
-    smaller, larger = qlora_memory.cases("cuda").values()
-    rows = [
-        row for case in (smaller, larger) for row in qlora_memory.measure_case(case, FRAMES, "cuda")
-    ]
-    assert [row.memory for row in rows if row.memory is not MEMORY] == [
-        "not run: LLaMA's 8,030,261,248 parameters with gradients and moments alone take 128.48 GB"
-    ]
-    assert rows[3].way == "full"
-    assert len(ran) == len(rows) - 1
-    assert [row.target for row in rows] == [None] * 5 + [12e9] * 2
-    assert all("use_qlora" in options for options in ran[-2:])
+    assert [row.memory for row in smaller] == [MEMORY] * 3
+    assert [row.memory for row in larger] == [qlora_memory.FULL_8B] + [MEMORY] * 3
+    assert [row.target for row in smaller + larger] == [None] * 5 + [12e9] * 2
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_ways_of_a_case_differ_in_nothing_else(device):
-    for case in qlora_memory.cases(device).values():
-        lora, qlora = case.ways["LoRA"], case.ways["QLoRA"]
-        assert {**lora, "use_qlora": True} == {**qlora, "use_lora": True}
-        assert all("elayers" in case.ways[way] for way in ("full", "LoRA", "QLoRA"))
+@pytest.fixture
+def quick(monkeypatch):
+    """One small part and two recognisers that nothing trains."""
+    parts = {"a part": lambda: nn.Sequential(nn.Linear(256, 256))}
+    both = {"1b": tiny_case(), "8b": tiny_case(title="large")}
+    monkeypatch.setattr(qlora_memory, "published_parts", lambda: parts)
+    monkeypatch.setattr(qlora_memory, "cases", lambda _: both)
+    monkeypatch.setattr(qlora_memory, "saved_case", lambda _: nullcontext({}))
+    monkeypatch.setattr(common, "run_apart", lambda *_: MEMORY)
 
 
 @needs_both
-@pytest.mark.usefixtures("tiny")
-def test_prints_both_tables(monkeypatch, capsys):
-    part = {"a part": lambda: nn.Sequential(nn.Linear(256, 256))}
-    monkeypatch.setattr(qlora_memory, "published_parts", lambda: part)
-    monkeypatch.setattr(qlora_memory, "cases", lambda _: {"1b": tiny_case()})
-    monkeypatch.setattr(qlora_memory, "run_apart", lambda *_: MEMORY)
-    qlora_memory.main(["--device", "cpu"])
-    facts, empty, *weights = capsys.readouterr().out.splitlines()
-    assert facts.startswith(f"torch {torch.__version__}, transformers ")
-    assert facts.endswith(", cpu, 1 CPU threads")
-    assert not empty
-    end = weights.index("")
-    batch, _, *steps = weights[end + 1 :]
-    assert batch.startswith("4 utterances, 300 video frames, 12 s of audio")
-    for table, number in ((weights[:end], 1), (steps, 3)):
-        cells = [line.split("|")[1:-1] for line in table]
-        assert [len(row) for row in cells] == [8] * (2 + number)
-        assert cells[1] == ["---"] * 8
-    assert [line.split(" | ")[1] for line in steps[2:]] == ["full", "LoRA", "QLoRA"]
-
-
-@pytest.mark.parametrize("table", ["weights", "steps"])
-def test_prints_one_table(table, monkeypatch, capsys):
-    monkeypatch.setattr(qlora_memory, "published_parts", dict)
-    monkeypatch.setattr(qlora_memory, "cases", lambda _: {})
-    qlora_memory.main(["--device", "cpu", "--table", table])
-    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(heads) == 1
-    assert heads[0].startswith({"weights": "| part |", "steps": "| what |"}[table])
-
-
-@pytest.mark.parametrize(("more", "count"), [([], 6), (["--llama", "1b"], 3)])
-def test_recognisers_can_be_chosen(more, count, monkeypatch, capsys):
-    both = {"1b": tiny_case(), "8b": tiny_case(title="large")}
-    monkeypatch.setattr(qlora_memory, "cases", lambda _: both)
-    monkeypatch.setattr(qlora_memory, "checkpoints", lambda _: nullcontext({}))
-    monkeypatch.setattr(qlora_memory, "run_apart", lambda *_: MEMORY)
-    qlora_memory.main(["--device", "cpu", "--table", "steps", *more])
-    rows = [line for line in capsys.readouterr().out.splitlines() if "5 of 1,234" in line]
-    assert len(rows) == count
-
-
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("more", "counts"),
     [
-        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
-        (["--table", "times"], "argument --table: invalid choice: 'times'"),
-        (["--layers", "3"], "unrecognized arguments: --layers 3"),
-        (["--device", "cpu", "--llama", "8b"], "--llama 8b needs --device cuda"),
-        (["--device", "cuda"], "--device cuda, but PyTorch finds no GPU: choose --device cpu"),
+        ([], [1, 6]),
+        (["--table", "weights"], [1]),
+        (["--table", "steps"], [6]),
+        (["--table", "steps", "--llama", "1b"], [3]),
     ],
 )
-def test_options_that_cannot_be_are_refused(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_prints_the_tables_that_are_asked_for(more, counts, tables):
+    qlora_memory.main(["--device", "cpu", *more])
+    printed = tables()
+    assert [len(table.rows) for table in printed] == counts
+    for table in printed:
+        ways = [row[1] for row in table.rows if table.head[1] == "trained"]
+        assert ways == ["full", "LoRA", "QLoRA"] * (len(ways) // 3)
+        assert {len(row) for row in (table.head, *table.rows)} == {8}
+
+
+def test_llama_of_8b_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
-        qlora_memory.main(arguments)
-    assert message in capsys.readouterr().err
+        qlora_memory.main(["--device", "cpu", "--llama", "8b"])
+    assert "--llama 8b needs --device cuda" in capsys.readouterr().err
 
 
 def test_a_peak_that_cannot_be_told_is_refused(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(qlora_memory, "STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
     with pytest.raises(SystemExit):
         qlora_memory.main(["--device", "cpu", "--table", "steps"])
     assert "status is missing, where Linux tells the peak" in capsys.readouterr().err
-
-
-def test_llama_8b_speaks_the_vocabulary_of_the_smaller_one():
-    smaller = decode.llama_checkpoint("prefix", 16)
-    larger = qlora_memory.llama_8b_checkpoint()
-    assert (larger.prompt, larger.eos) == (smaller.prompt, smaller.eos)
-    assert larger.config.vocab_size == smaller.config.vocab_size
-    assert larger.config.rope_parameters["factor"] == 8
-    assert smaller.config.rope_parameters["factor"] == 32

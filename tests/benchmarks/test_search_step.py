@@ -1,15 +1,14 @@
 import re
-from dataclasses import replace
+from inspect import signature
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import decode, search_step
-from benchmarks.search_step import FIRST, LAST, SearchBenchmark, SearchRow, SearchWork, Size
-from benchmarks.timing import Timing
+from benchmarks.common import CPU, Row, Timing
+from benchmarks.search_step import FIRST, LAST, SearchBenchmark, SearchWork, Size
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("no_gradients")
 SIZE, BEAM = Size(odim=40, dim=8, heads=2, units=12, blocks=2), 3
 WORK = SearchWork(
     step_frames=(45,),
@@ -18,12 +17,6 @@ WORK = SearchWork(
     batch_tokens=4,
     memory_shapes=((2, 6), (3, 4)),
 )
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture
@@ -122,7 +115,7 @@ def test_a_step_is_what_further_steps_take(benchmark, monkeypatch):
     assert rows == [
         "| A step, 45 frames, beam 3 (reference: bare products) | 60.0 ms | 40.0 ms | 1.50 times "
         "| at most 1.6 times: yes |",
-        "| Its CTC prefix scores, 45 frames, beam 3 (reference: the step) | 3.0 ms | 60.0 ms "
+        "| Its CTC prefix scores, 45 frames, beam 3 (reference: the step) | 3 ms | 60.0 ms "
         "| 0.05 times | at most 0.2 times: yes |",
     ]
 
@@ -134,29 +127,12 @@ def test_on_a_gpu_the_reference_is_a_graph(benchmark, monkeypatch):
         assert function().shape == (BEAM, SIZE.odim)
         return lambda: replays.append(1)
 
-    def time_in_turns(functions, device, repeats):
-        assert (device.type, repeats) == ("cuda", 2)
-        functions[2]()
-        return [Timing(36 * time, None) for time in (1.0, 6.0, 2.0, 0.5)]
-
     monkeypatch.setattr(search_step, "graph_of", graph_of)
-    monkeypatch.setattr(search_step, "time_in_turns", time_in_turns)
-    monkeypatch.setattr(benchmark, "device", CudaOnly())
-    benchmark.decoder_step = SearchBenchmark(SIZE, BEAM, CPU).decoder_step
-    monkeypatch.setattr(benchmark, "memory", lambda _: None)
-    monkeypatch.setattr(benchmark, "products", lambda *_: None)
-    monkeypatch.setattr(benchmark, "ctc_steps", lambda _: None)
-    work = replace(WORK, step_target=search_step.WORK["cuda"].step_target)
-    step, _ = search_step.measure_step(benchmark, 45, work)
+    benchmark.on_gpu = True
+    reference, name = benchmark.reference(45)
+    reference()
     assert len(replays) == LAST - FIRST + 1
-    assert str(step).endswith(
-        "(reference: its decoder in a CUDA graph) | 5.0 ms | 2.0 ms | 2.50 times "
-        "| at most 2 times: no |"
-    )
-
-
-class CudaOnly:
-    type = "cuda"
+    assert name == "its decoder in a CUDA graph"
 
 
 def test_a_batch_beside_one_by_one(benchmark):
@@ -165,7 +141,7 @@ def test_a_batch_beside_one_by_one(benchmark):
         "3 utterances of 1.6 to 2.0 s at once, 4 tokens each, an utterance (reference: one by one)"
     )
     assert row.faster
-    assert row.time > 0 < row.reference
+    assert row.value > 0 < row.reference
     assert row.notes[0] == (
         "at once and one by one, the best hypotheses of 3 of 3 utterances have the same tokens; "
         "every hypothesis has 4"
@@ -173,41 +149,15 @@ def test_a_batch_beside_one_by_one(benchmark):
     assert re.search(r"of a step are \d+\.\d\d times faster for 3 utterances at once", row.notes[1])
 
 
-@pytest.mark.parametrize(
-    ("faster", "ratio"),
-    [(True, "2.00 times faster | at least 1.5"), (False, "0.50 times | at most 1.5")],
-)
-def test_rows_tell_whether_the_target_is_reached(faster, ratio):
-    row = SearchRow("a", 10.0, 20.0, 1.5, faster, unit="MB")
-    comparison = " times faster" if faster else " times"
-    assert str(row) == f"| a | 10.0 MB | 20.0 MB | {ratio}{comparison}: yes |"
-    missed = replace(row, target=3.0 if faster else 0.4)
-    assert str(missed).endswith(f"{comparison}: no |")
-    assert str(replace(row, target=None)).endswith(f"{comparison} |  |")
-
-
-def test_peak_memory_is_that_of_the_call():
-    megabytes = 64
-
-    def allocate():
-        return torch.ones(megabytes, 2**20, dtype=torch.uint8).shape
-
-    kept = torch.ones(megabytes, 2**20, dtype=torch.uint8)  # is there before
-    peak = search_step.peak_bytes(allocate, CPU) / 2**20
-    # A page is 4 KB; what else the process does may add some.
-    assert megabytes - 1 < peak < megabytes + 16
-    assert kept.numel() == megabytes * 2**20
-
-
 def test_memory_is_told_beside_keys_and_values(benchmark, monkeypatch):
     searches = []
 
-    def peak_bytes(function, device):
+    def peak_of(function, device):
         searches.append([len(one.yseq) - 2 for nbest in function() for one in nbest])
         assert device == CPU
         return 30_000
 
-    monkeypatch.setattr(search_step, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(search_step, "peak_of", peak_of)
     rows = list(search_step.measure_memory(benchmark, WORK))
     assert [set(tokens) for tokens in searches] == [{6}, {4}]
     # 12 frames of 3 hypotheses, 2 blocks, keys and values of 8 features of 4 bytes
@@ -216,41 +166,32 @@ def test_memory_is_told_beside_keys_and_values(benchmark, monkeypatch):
     assert "--decode-max-frames 1600, a search of 3 utterances of 533 frames" in rows[1].notes[0]
 
 
-def test_the_default_is_the_projects_own_decoder(monkeypatch, capsys):
+def test_the_default_is_the_projects_own_decoder(monkeypatch, tables):
     sizes = []
 
     def measure(size, beam_size, work, device):
         assert work == search_step.WORK["cpu"]
         sizes.append((size, beam_size, device))
-        yield SearchRow("a row", 1.0, 2.0, 1.6, False, notes=["a note"])
+        yield Row("a row", 1.0, 2.0, 1.6, "ms", notes=["a note"])
 
     monkeypatch.setattr(search_step, "measure", measure)
     decode.main(["--device", "cpu"])
     decode.main(["--device", "cpu", "--decoder", "transformer", "--beam-size", "7"])
     assert sizes == [(Size(), beam, CPU) for beam in (40, 7)]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:6] == [
-        "| what | measured | reference | ratio | target |",
-        "|---|---|---|---|---|",
-        "| a row | 1.0 ms | 2.0 ms | 0.50 times | at most 1.6 times: yes |",
-        "",
-    ]
-    assert lines[6] == "- a note"
+    for table in tables():
+        assert table.notes == ["- a note"]
+        assert table.head == ["what", "measured", "reference", "ratio", "target"]
+        assert table.rows == [["a row", "1 ms", "2 ms", "0.50 times", "at most 1.6 times: yes"]]
 
 
-def test_command_prints_all_rows(monkeypatch, capsys):
+def test_command_prints_all_rows(monkeypatch, tables):
     monkeypatch.setattr(search_step, "Size", lambda: SIZE)
     monkeypatch.setitem(search_step.WORK, "cpu", WORK)
     decode.main(["--device", "cpu", "--beam-size", "3"])
-    rows = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.endswith(("yes |", "no |", "|  |"))
-    ]
+    (table,) = tables()
     beginnings = ["A step, 45", "Its CTC", "3 utterances", "Memory of 2", "Memory of 3"]
-    assert [row.startswith(f"| {start}") for row, start in zip(rows, beginnings, strict=True)] == [
-        True
-    ] * 5
+    for row, beginning in zip(table.rows, beginnings, strict=True):
+        assert row[0].startswith(beginning)
 
 
 def test_the_checkpoints_precision_is_not_for_the_own_decoder(capsys):
@@ -260,17 +201,8 @@ def test_the_checkpoints_precision_is_not_for_the_own_decoder(capsys):
 
 
 def test_the_full_size_is_that_of_published_models():
-    size = Size()
-    with torch.device("meta"):
-        decoder = search_step.TransformerDecoder(
-            odim=size.odim,
-            attention_dim=size.dim,
-            attention_heads=size.heads,
-            linear_units=size.units,
-            num_blocks=size.blocks,
-        )
-        default = search_step.TransformerDecoder(odim=5049)
-    shapes = [value.shape for value in decoder.parameters()]
-    assert shapes == [value.shape for value in default.parameters()]
+    defaults = signature(search_step.TransformerDecoder).parameters
+    names = ("attention_dim", "attention_heads", "linear_units", "num_blocks")
+    assert Size() == Size(5049, *(defaults[name].default for name in names))
     frames = search_step.WORK["cpu"].batch_frames
     assert (len(frames), min(frames), max(frames)) == (16, 50, 150)
