@@ -43,6 +43,7 @@ from datamodule.data_module import DataModule
 from datamodule.demo_corpus import make_demo_corpus
 from datamodule.loaders import ClipLoader, collate_pad
 from datamodule.media import find_audio
+from datamodule.options import DataOptions
 from datamodule.samplers import Batch
 from datamodule.text_transform import TextTransform
 from espnet.formats import STREAMS
@@ -56,8 +57,6 @@ VOCABULARY = SimpleNamespace(odim=5049)  # of auto_avsr
 FILES_PER_FOLDER = 1000
 TOKENS_PER_ROW = 20
 LIST_FILE = "train.csv"
-MAX_FRAMES = 1600  # of a batch
-NUM_BUCKETS = 400
 
 
 @dataclass(frozen=True)
@@ -98,15 +97,8 @@ def corpus(root_dir: str, sentences: int) -> Iterator[str]:
 
 def set_up(root_dir: str, text_transform: Any, **options: Any) -> DataModule:
     """Makes the data module of training on a list, with further options, and reads the list."""
-    data = DataModule(
-        root_dir=root_dir,
-        streams=STREAMS,
-        text_transform=text_transform,
-        train_file=LIST_FILE,
-        max_frames=MAX_FRAMES,
-        train_num_buckets=NUM_BUCKETS,
-        **options,
-    )
+    read = DataOptions(root_dir=root_dir, train_file=LIST_FILE, val_file=None, **options)
+    data = DataModule(read, streams=STREAMS, text_transform=text_transform)
     data.setup("fit")
     return data
 

@@ -87,7 +87,8 @@ def test_learns_by_heart_and_scores_the_same_after_saving(parts, encoders, decod
             if found == expected:
                 break
     assert found == expected
-    print(f"{encoders}, {decoder}: by heart after {step + 1} steps")  # for README's table
+    # For the table in docs/results.md.
+    print(f"{encoders}, {decoder}: by heart after {step + 1} steps")
 
     module.eval()
     before = module.decode(batch)

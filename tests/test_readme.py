@@ -1,4 +1,4 @@
-"""README: its commands run, and its tables name every option and every file."""
+"""The documentation: its commands run, its links lead somewhere, and what it names exists."""
 
 import re
 import shlex
@@ -9,61 +9,128 @@ import pytest
 import eval as evaluation
 import train
 from datamodule import demo_corpus, train_tokenizer
+from espnet.nets.decoders import CAUSAL_LM_TYPES, DECODERS
 from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS, pretrained_of
 from espnet.utils import export
 from espnet.utils import tiny_checkpoints as tiny_checkpoints_module
 from espnet.utils.options import eval_parser, train_parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = {
+    path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *DOCS.glob("*.md"))
+}
+README = PAGES[ROOT / "README.md"]
+CODE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [
     command.strip()
-    for block in BLOCKS
+    for page in PAGES.values()
+    for language, block in CODE.findall(page)
+    if language == "bash"
     for line in block.replace("\\\n", " ").splitlines()
     for command in line.split("&&")
 ]
+SCRIPTS = {"train.py": train_parser, "eval.py": eval_parser}
+OF_BENCHMARKS = {"--encoder", "--llama-layers"}  # flags that pages name, and no script has
 
 
-def command(start):
-    """The words of README's one command that begins so."""
-    (found,) = [shlex.split(text) for text in COMMANDS if text.startswith(start)]
-    return found
+def command(*words):
+    """The one command that has these words, in any order, after `python`, `-m` and the program."""
+    found = [each for each in map(shlex.split, COMMANDS) if set(words) <= set(each)]
+    assert len(found) == 1, f"{words}: {found}"
+    (given,) = found
+    assert given[0] == "python"
+    return given[3:] if given[1] == "-m" else given[2:]
+
+
+def prose(page):
+    """A page without its blocks of code."""
+    return CODE.sub("", page)
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
 
 
 def test_every_command_is_known():
     starts = ("pip ", "bash .ci/", "python train.py", "python eval.py", "python -m", "pytest")
     assert all(text.startswith(starts) for text in COMMANDS)
     assert len(COMMANDS) >= 20
+    assert len(set(COMMANDS)) == len(COMMANDS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_commands_of_scripts_parse(script):
+    given = [shlex.split(text) for text in COMMANDS if text.startswith(f"python {script}")]
+    assert len(given) >= 3
+    for words in given:
+        SCRIPTS[script]().parse_args(words[2:])
 
 
 def test_files_of_commands_that_install_exist():
     for text in COMMANDS:
-        names = re.findall(r"(?:-[cr]|^bash) (\S+)", text)
+        names = (
+            re.findall(r"(?:-[cr]|^bash) (\S+)", text) if text.startswith(("pip", "bash")) else []
+        )
         assert bool(names) == text.startswith(("pip install", "bash"))
         assert all((ROOT / name).is_file() for name in names)
 
 
-def test_first_commands_install_what_is_pinned():
-    installs = [text for text in COMMANDS if text.startswith("pip install")]
-    assert ["-c constraints.txt" in text for text in installs] == [True, True, False]
+def test_commands_install_what_is_pinned():
+    for text in COMMANDS:
+        if text.startswith("pip install"):
+            assert ("-c constraints.txt" in text) != ("torch==" in text)
     assert "-c constraints.txt" in (ROOT / ".ci/run").read_text()
 
 
-def test_options_table_is_complete():
-    rows = re.findall(r"^\| (\w+) \| `(--.*)` \|$", README, flags=re.MULTILINE)
-    titles = {group.title: group for group in train_parser()._action_groups}
-    for title, flags in rows:
-        actions = titles[title]._group_actions
-        assert flags.split() == [action.option_strings[0] for action in actions]
-    assert {title for title, _ in rows} == set(titles) - {"positional arguments", "options"}
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    links = re.findall(r"\]\((?!http)([^)]+)\)|src=\"([^\"]+)\"", prose(PAGES[path]))
+    for link in map("".join, links):
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(PAGES[target]), link
 
 
-def test_relative_links_lead_somewhere():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", README)
-    paths = [one or two for one, two in links]
-    assert paths
-    assert all((ROOT / path).exists() for path in paths)
+def test_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\(docs/([^)#]+)\)", README))
+    assert linked == {path.name for path in PAGES if path.parent == DOCS}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_flags_that_are_named_exist(path):
+    known = {flag for parser in SCRIPTS.values() for flag in parser()._option_string_actions}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", prose(PAGES[path])))
+    assert named <= known | OF_BENCHMARKS
+
+
+def test_layout_names_files_that_exist():
+    (block,) = [block for _, block in CODE.findall(README) if "espnet/option_tree.py" in block]
+    folders = []  # in which a line is, by its indentation
+    for line in block.splitlines():
+        column, indent = re.match(r" *(.+?)  ", line)[1], len(line) - len(line.lstrip())
+        del folders[indent // 2 :]
+        parents = [*folders]
+        for name in column.split(", "):
+            assert ROOT.joinpath(*parents, name).exists(), line
+        folders.append(column)
+
+
+@pytest.mark.parametrize(
+    ("page", "flag", "names"),
+    [
+        ("encoders.md", "--vision-encoder ", VISION_ENCODERS),
+        ("encoders.md", "--audio-encoder ", AUDIO_ENCODERS),
+        ("decoders.md", "--decoder ", DECODERS),
+        ("decoders.md", "", CAUSAL_LM_TYPES),
+    ],
+)
+def test_tables_have_a_row_for_everything_there_is(page, flag, names):
+    rows = re.findall(rf"^\| `{flag}(\w+)", PAGES[DOCS / page], flags=re.MULTILINE)
+    assert set(names) <= set(rows)
 
 
 @pytest.fixture
@@ -75,25 +142,18 @@ def in_folder(corpus, tmp_path, monkeypatch):
 
 
 def test_training_and_scoring_commands(in_folder):
-    """As README has them, but for the sizes of a small model and two epochs."""
+    """As the pages have them, but for the sizes of a small model and two epochs."""
     small = "--adim 16 --aheads 2 --eunits 16 --elayers 1 --dunits 16 --dlayers 1 --video-width 2 "
     small += "--audio-width 2 --max-epochs 2 --warmup-epochs 1 --beam-size 2 --num-workers 0"
-    train.main(command("python train.py --exp-dir")[2:] + small.split())
-    table = re.findall(r"^\| (`[^|]*`) \| ", README, flags=re.MULTILINE)
-    names = {name for row in table for name in re.findall(r"`([^`-][^`]*)`", row)}
+    train.main(command("train.py", "base") + small.split())
+    table = re.findall(r"^\| (`[^|]*`) \| ", PAGES[DOCS / "scale.md"], flags=re.MULTILINE)
+    names = {name for row in table for name in re.findall(r"`([^`]*)`", row)}
     present = {path.name for path in (in_folder / "exp/base").iterdir()}
     assert {re.sub(r"\d+(?=\.ckpt)", "N", name) for name in present} == {
-        name.rstrip("/") for name in names if not name.startswith("exp")
+        name.rstrip("/") for name in names
     }
-    evaluation.main(
-        command("python eval.py --pretrained-model-path exp")[2:] + ["--beam-size", "2"]
-    )
+    evaluation.main(command("eval.py", "exp/base/model_avg_10.pth") + ["--beam-size", "2"])
     assert (in_folder / "exp/base/model_avg_10_test_audiovisual/summary.json").is_file()
-
-
-def test_auto_avsr_command_parses():
-    words = command("python eval.py --modality video")
-    assert eval_parser().parse_args(words[2:]).modality == "video"
 
 
 def test_tokenizer_command(corpus, tmp_path):
@@ -107,10 +167,10 @@ def test_tokenizer_command(corpus, tmp_path):
     )
     words = [
         word.replace("DATA", str(tmp_path / "text"))
-        for word in command("python -m datamodule.train_tokenizer")
+        for word in command("datamodule.train_tokenizer")
     ]
     words[words.index("--vocab-size") + 1] = "40"
-    train_tokenizer.main(words[3:])
+    train_tokenizer.main(words)
     assert (tmp_path / "text/spm/unigram_units.txt").is_file()
 
 
@@ -126,7 +186,7 @@ def test_commands_with_tiny_checkpoints_cover_every_pretrained_encoder():
 
 @pytest.mark.parametrize("words", TINY, ids=lambda words: words[words.index("--exp-name") + 1])
 def test_commands_with_tiny_checkpoints(in_folder, tiny_checkpoints, corpus, monkeypatch, words):
-    """As README has them, on the small corpus and for one batch."""
+    """As the pages have them, on the small corpus and for one batch."""
     monkeypatch.setattr(demo_corpus, "make_demo_corpus", lambda root_dir: None)  # noqa: ARG005
     (in_folder / "demo_corpus").symlink_to(corpus)
     (in_folder / "tiny").symlink_to(tiny_checkpoints)
@@ -142,44 +202,40 @@ def test_export_command(in_folder, tiny_checkpoints, corpus, monkeypatch):
     assert words[words.index("--exp-name") + 1] == "qlora"
     small = "--adim 16 --aheads 2 --eunits 16 --elayers 1 --num-workers 0 --decode-snr-target 0"
     train.main([*words, *small.split(), "--modality-dropout", "0", "0", "--max-dec-tokens", "3"])
-    export.main(command("python -m espnet.utils.export")[3:])
+    export.main(command("espnet.utils.export"))
     assert (in_folder / "exported/model.pth").is_file()
     assert (in_folder / "exported/decoder/config.json").is_file()
 
 
 @pytest.mark.parametrize(
-    "start",
-    [
-        "python train.py --exp-name clip",
-        "python train.py --exp-name large",
-        "python train.py --exp-name qlora_8b",
-    ],
+    ("name", "decoder"),
+    [("clip_whisper", "transformer"), ("large", "transformer"), ("qlora_8b", "llama")],
 )
 @pytest.mark.usefixtures("in_folder")
-def test_commands_with_published_checkpoints_parse(start):
-    options, _ = train.parse_args(command(start)[2:])
+def test_commands_with_published_checkpoints_fit_together(name, decoder):
+    options, _ = train.parse_args(command("train.py", name, "DATA"))
+    assert options.model.decoder.decoder == decoder
     encoders = options.model.encoders
     assert encoders.modality == "audiovisual"
     assert {encoders.vision_encoder, encoders.audio_encoder} == {"clip", "whisper"}
 
 
 def test_commands_of_published_whispers(in_folder, tiny_checkpoints, monkeypatch):
-    """As README has them, with a tiny Whisper in its place."""
+    """As the pages have them, with a tiny Whisper in its place."""
     tiny = str(tiny_checkpoints / "whisper")
-    words = command("python eval.py --audio-encoder whisper")[2:]
+    words = command("eval.py", "openai/whisper-small")
     words[words.index("--decoder-name") + 1] = tiny
     evaluation.main([*words, "--max-dec-tokens", "3", "--beam-size", "2", "--num-workers", "0"])
     assert (in_folder / "whisper_test_audio/summary.json").is_file()
     monkeypatch.setattr(train, "make_corpus", lambda *_: None)
     (in_folder / "demo_corpus").symlink_to(in_folder / "DATA")
-    words = command("python train.py --demo --recipe")[2:]
+    words = command("train.py", "--recipe")
     words[words.index("--decoder-name") + 1] = tiny
     train.main([*words, "--fast-dev-run", "--num-workers", "0"])
 
 
 def test_tiny_checkpoints_command(in_folder, capsys):
-    words = command("python -m espnet.utils.tiny_checkpoints")
-    tiny_checkpoints_module.main(words[3:])
+    tiny_checkpoints_module.main(command("espnet.utils.tiny_checkpoints"))
     assert "tiny/whisper" in capsys.readouterr().out
     assert (in_folder / "tiny/whisper/config.json").is_file()
 

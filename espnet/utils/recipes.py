@@ -1,6 +1,7 @@
 """The demo and recipes: options that belong together, as defaults that the command line overrides.
 
-RESULTS.md has the figures of each, and the commands that print them. Nothing here imports torch.
+docs/results.md has the figures of each, and the commands that print them. Nothing here imports
+torch.
 """
 
 from dataclasses import dataclass, field
