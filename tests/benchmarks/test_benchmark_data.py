@@ -86,7 +86,7 @@ def test_lists_name_the_files_that_are_made(tmp_path, monkeypatch):
 def test_looking_for_files_is_what_setup_takes_longer(monkeypatch):
     def in_turns(functions, *_):
         results = [function() for function in functions]
-        assert [module.skip_bad_clips for module in results[:2]] == [False, True]
+        assert [module.options.skip_bad_clips for module in results[:2]] == [False, True]
         times = (5.0, 2.0, 9.0)
         return [Timing(*timing) for timing in zip(times, results, strict=True)]
 
