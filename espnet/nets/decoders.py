@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from espnet.formats import MODALITIES
-from espnet.nets.encoders import EncoderOptions, folder_problem
+from espnet.nets.encoders import WHISPER_LAYERS, EncoderOptions, folder_problem
 from espnet.option_tree import COUNT, needs_problems, option, value_problems
 
 # Causal language models of transformers that are built like LLaMA: tests compare each with its own
@@ -27,6 +27,8 @@ class DecoderChoice:
         checkpoint: Hub id of the checkpoint that is used unless another is named; None for a
             decoder that starts from random weights, over a SentencePiece vocabulary.
         model_types: Architectures, as config.json names them, whose checkpoints it loads.
+        lora_targets: Names of the linear layers in its attention and feed-forward blocks, which
+            adapters go into.
         beam_size: Hypotheses of the search, unless told otherwise.
         audio_encoder: The encoder that its checkpoints were trained with. Behind it, one
             checkpoint is both, no Conformer is between them, and the next two are the defaults.
@@ -37,6 +39,7 @@ class DecoderChoice:
     ctc_weight: float
     checkpoint: str | None = None
     model_types: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
     beam_size: int = 5
     audio_encoder: str | None = None
     frame_rate: int = 25
@@ -50,11 +53,17 @@ class DecoderChoice:
 
 DECODERS = {
     "transformer": DecoderChoice(0.1, beam_size=40),
-    "llama": DecoderChoice(0.0, "meta-llama/Llama-3.2-1B", CAUSAL_LM_TYPES),
+    "llama": DecoderChoice(
+        0.0,
+        "meta-llama/Llama-3.2-1B",
+        CAUSAL_LM_TYPES,
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
     "whisper": DecoderChoice(
         0.0,
         "openai/whisper-small",
         ("whisper",),
+        WHISPER_LAYERS,
         audio_encoder="whisper",
         frame_rate=50,
         margin=2.0,

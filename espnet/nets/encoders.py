@@ -22,6 +22,7 @@ from espnet.option_tree import (
 FRAME_RATES = (25, 50)  # frames a second at which the streams are fused
 POOLINGS = ("cls", "mean")
 WHISPER_SECONDS = 30  # what Whisper's encoder was trained on, and takes at most
+WHISPER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class EncoderChoice:
         checkpoint: Hub id of the checkpoint that is used unless another is named; None for an
             encoder that starts from random weights.
         model_types: Architectures, as config.json names them, whose checkpoints it loads.
+        lora_targets: Names of the linear layers in its attention and feed-forward blocks, which
+            adapters go into.
+        images: Whether it takes each frame as an image, whose size and pooling are options.
         normalized_audio: Whether it takes audio layer-normalised over the utterance.
         max_seconds: Longest utterance in seconds; None for no limit.
         has_margin: Whether it can put silence after an utterance.
@@ -39,6 +43,8 @@ class EncoderChoice:
 
     checkpoint: str | None = None
     model_types: tuple[str, ...] = ()
+    lora_targets: tuple[str, ...] = ()
+    images: bool = False
     normalized_audio: bool = True
     max_seconds: int | None = None
     has_margin: bool = False
@@ -51,8 +57,18 @@ class EncoderChoice:
 
 VISION_ENCODERS = {
     "resnet": EncoderChoice(),
-    "vit": EncoderChoice("google/vit-base-patch16-224-in21k", ("vit",)),
-    "clip": EncoderChoice("openai/clip-vit-base-patch16", ("clip", "clip_vision_model")),
+    "vit": EncoderChoice(
+        "google/vit-base-patch16-224-in21k",
+        ("vit",),
+        ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
+        images=True,
+    ),
+    "clip": EncoderChoice(
+        "openai/clip-vit-base-patch16",
+        ("clip", "clip_vision_model"),
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        images=True,
+    ),
 }
 AUDIO_ENCODERS = {
     "resnet1d": EncoderChoice(),
@@ -60,11 +76,16 @@ AUDIO_ENCODERS = {
     "whisper": EncoderChoice(
         "openai/whisper-small",
         ("whisper",),
+        WHISPER_LAYERS,
         normalized_audio=False,
         max_seconds=WHISPER_SECONDS,
         has_margin=True,
     ),
-    "wavlm": EncoderChoice("microsoft/wavlm-base-plus", ("wavlm",)),
+    "wavlm": EncoderChoice(
+        "microsoft/wavlm-base-plus",
+        ("wavlm",),
+        ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"),
+    ),
 }
 TABLES = {"vision": VISION_ENCODERS, "audio": AUDIO_ENCODERS}
 
@@ -101,8 +122,8 @@ def hidden_layer(text: str) -> int | str:
     return value
 
 
-OF_IMAGES = {"vision_encoder": ("vit", "clip")}
-OF_WHISPER = {"audio_encoder": ("whisper",)}
+OF_IMAGES = {"vision_encoder": tuple(n for n, row in VISION_ENCODERS.items() if row.images)}
+WITH_MARGIN = {"audio_encoder": tuple(n for n, row in AUDIO_ENCODERS.items() if row.has_margin)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,12 +211,12 @@ class EncoderOptions:
         "repeats them)",
         kind=seconds,
         metavar="SECONDS|30s",
-        needs=OF_WHISPER,
+        needs=WITH_MARGIN,
     )
     whisper_pad_30s: bool = option(
         False,
         "the same as --whisper-margin 30s, as Whisper was trained: slower",
-        needs=OF_WHISPER,
+        needs=WITH_MARGIN,
     )
 
     @property

@@ -5,9 +5,12 @@ utterance by utterance: hypothesis k of utterance b is row ``b * K + k``. Every 
 in this order.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
+
+from espnet.nets.contract import Interface
 
 State = Any
 """A nested dict, list or tuple of tensors; only the scorer that made it looks into it."""
@@ -18,9 +21,10 @@ def kept_utterances(index: torch.Tensor, beam_size: int) -> torch.Tensor:
     return index[::beam_size] // beam_size
 
 
-class ScorerInterface:
+class ScorerInterface(Interface, abstract=True):
     """Scores every token of the vocabulary as the next one of each hypothesis."""
 
+    @abstractmethod
     def init(
         self,
         memory: torch.Tensor,
@@ -40,8 +44,8 @@ class ScorerInterface:
         Returns:
             The state for N = B * K hypotheses.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
         """Score the whole vocabulary.
 
@@ -52,8 +56,8 @@ class ScorerInterface:
         Returns:
             Log-probabilities (N, V), float32, and the state that ``reorder`` takes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def reorder(self, state: State, index: torch.Tensor) -> State:
         """Keep some hypotheses, in a new order and perhaps several times.
 
@@ -68,16 +72,20 @@ class ScorerInterface:
         Returns:
             The state for N' hypotheses: row i continues row ``index[i]``.
         """
-        raise NotImplementedError
 
 
-class PartialScorerInterface(ScorerInterface):
+class PartialScorerInterface(ScorerInterface, abstract=True):
     """Scores given candidates, for scorers that cannot afford the whole vocabulary.
 
     The search calls ``score_partial`` with the candidates of its pre-beam, or ``score`` where it
     has no pre-beam, and after either ``reorder_partial`` in place of ``reorder``.
     """
 
+    def reorder(self, state: State, index: torch.Tensor) -> State:
+        """Never called: `reorder_partial` takes its place."""
+        raise NotImplementedError
+
+    @abstractmethod
     def score_partial(
         self, tokens: torch.Tensor, candidates: torch.Tensor, state: State
     ) -> tuple[torch.Tensor, State]:
@@ -91,8 +99,8 @@ class PartialScorerInterface(ScorerInterface):
         Returns:
             Log-probabilities (N, P), float32, and the state that ``reorder_partial`` takes.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def reorder_partial(
         self, state: State, index: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor
     ) -> State:
@@ -108,4 +116,3 @@ class PartialScorerInterface(ScorerInterface):
         Returns:
             The state for N' hypotheses.
         """
-        raise NotImplementedError

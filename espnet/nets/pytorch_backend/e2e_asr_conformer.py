@@ -12,6 +12,7 @@ from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
 from espnet.nets.model_options import FUSIONS, ModelOptions
 from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
+from espnet.nets.pytorch_backend.decoder.interface import DecoderInterface
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
 from espnet.nets.pytorch_backend.decoder.transformer_decoder import TransformerDecoder
 from espnet.nets.pytorch_backend.decoder.whisper_decoder import WhisperDecoder
@@ -19,6 +20,7 @@ from espnet.nets.pytorch_backend.encoded import Encoded, Video, fit_length, join
 from espnet.nets.pytorch_backend.encoder.conformer_encoder import ConformerEncoder
 from espnet.nets.pytorch_backend.frontend.clip_encoder import CLIPEncoder
 from espnet.nets.pytorch_backend.frontend.fbank import FilterBank
+from espnet.nets.pytorch_backend.frontend.interface import FrontendInterface
 from espnet.nets.pytorch_backend.frontend.resnet import Conv3dResNet
 from espnet.nets.pytorch_backend.frontend.resnet1d import Conv1dResNet
 from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
@@ -33,7 +35,7 @@ from espnet.option_tree import from_flat, names
 MAX_LENGTH_DIFFERENCE = 2  # frames by which the streams of one utterance may differ
 
 
-def build_video_frontend(options: ModelOptions, *, quantize: bool = False) -> nn.Module:
+def build_video_frontend(options: ModelOptions, *, quantize: bool = False) -> FrontendInterface:
     """Builds the front-end of the video stream.
 
     Args:
@@ -64,7 +66,7 @@ def build_video_frontend(options: ModelOptions, *, quantize: bool = False) -> nn
     raise ValueError(f"video front-end {name!r} is unknown: choose {', '.join(VISION_ENCODERS)}")
 
 
-def build_audio_frontend(options: ModelOptions, *, quantize: bool = False) -> nn.Module:
+def build_audio_frontend(options: ModelOptions, *, quantize: bool = False) -> FrontendInterface:
     """Builds the front-end of the audio stream.
 
     Args:
@@ -132,7 +134,7 @@ def build_decoder(
     memory_dim: int,
     video_dim: int = 0,
     quantize: bool = False,
-) -> nn.Module:
+) -> DecoderInterface:
     """Builds the decoder.
 
     Args:
@@ -262,7 +264,7 @@ class E2E(FreezableModule):
             video_dim=video_dim,
             quantize="decoder" in in_4_bits,
         )
-        if decoder.choice.pretrained and self.decoder.odim != self.odim:
+        if self.decoder.odim != self.odim:
             raise ValueError(
                 f"the vocabulary has {self.odim} ids, but --decoder-name {decoder.decoder_name} "
                 f"needs {self.decoder.odim}: take the tokenizer of this checkpoint"
@@ -429,7 +431,7 @@ class E2E(FreezableModule):
         module = getattr(self, name)
         return getattr(module, "backbone", module)
 
-    def _frontend(self, stream: str) -> nn.Module:
+    def _frontend(self, stream: str) -> FrontendInterface:
         return self.video_frontend if stream == "video" else self.audio_frontend
 
     def _width(self, stream: str) -> int:
@@ -445,8 +447,7 @@ class E2E(FreezableModule):
     def _frames(self, stream: str, lengths: Tensor, *, margin: bool = False) -> Tensor:
         """Frames on the clock of a stream, (B,), with or without the silence after it."""
         frontend = self._frontend(stream)
-        of_speech = self.margin and stream == "audio" and not margin
-        count = frontend.speech_lengths if of_speech else frontend.output_lengths
+        count = frontend.output_lengths if margin else frontend.speech_lengths
         return clock_lengths(count(lengths), frontend.frame_rate, self.frame_rate)
 
     def _frames_of(self, lengths: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from transformers import BitsAndBytesConfig
 
 from espnet.errors import first_line
 from espnet.nets.adaptation import INSTALLED, AdaptationOptions, install_command
-from espnet.nets.decoders import CAUSAL_LM_TYPES
+from espnet.nets.decoders import DECODERS
+from espnet.nets.encoders import TABLES
 
 logger = logging.getLogger(__name__)
 
@@ -30,14 +31,10 @@ OUTPUT_LAYERS = ("lm_head", "proj_out", "ctc_lo", "output_layer")
 
 # The linear layers of attention and feed-forward blocks, by the `model_type` of transformers.
 LORA_TARGETS = {
-    **dict.fromkeys(
-        CAUSAL_LM_TYPES,
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    ),
-    "whisper": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
-    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj", "intermediate_dense", "output_dense"),
-    "vit": ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"),
-    "clip_vision_model": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    model_type: row.lora_targets
+    for table in (*TABLES.values(), DECODERS)
+    for row in table.values()
+    for model_type in row.model_types
 }
 # Those of the project's own Conformer and Transformer blocks.
 BLOCK_TARGETS = ("linear_q", "linear_k", "linear_v", "linear_pos", "linear_out", "w_1", "w_2")
@@ -272,8 +269,8 @@ def add_lora(
         alpha: Updates are scaled by alpha / rank.
         dropout: Dropout on what the adapters take.
         targets: Names of layers, whole or their last parts, in which `*` stands for anything:
-            `q_proj`, `layers.0.*`. None: all of attention and feed-forward blocks, as
-            `LORA_TARGETS` and `BLOCK_TARGETS` name them. Output layers get none.
+            `q_proj`, `layers.0.*`. None: all of attention and feed-forward blocks, as the tables
+            of encoders and decoders and `BLOCK_TARGETS` name them. Output layers get none.
 
     Raises:
         ValueError: If peft is missing or does not work, a number is out of range, a target matches

@@ -241,7 +241,7 @@ def test_hypotheses_are_plain_and_sorted():
 
 
 def test_scorers_without_weight_are_not_called():
-    class Broken(ScorerInterface):
+    class Broken(ScorerInterface, abstract=True):
         pass
 
     decoder = RecurrentDecoder(6, FEATURES)

@@ -2,7 +2,14 @@ import json
 
 import pytest
 
-from espnet.nets.encoders import EncoderOptions, encoder_problems, folder_problem, resolve_encoders
+from espnet.nets.encoders import (
+    AUDIO_ENCODERS,
+    VISION_ENCODERS,
+    EncoderOptions,
+    encoder_problems,
+    folder_problem,
+    resolve_encoders,
+)
 
 
 @pytest.mark.parametrize(
@@ -84,8 +91,8 @@ def test_contradictions(modality, options, messages):
         assert message in problem
 
 
-@pytest.mark.parametrize("vision", ["resnet", "vit", "clip"])
-@pytest.mark.parametrize("audio", ["resnet1d", "fbank", "whisper", "wavlm"])
+@pytest.mark.parametrize("vision", VISION_ENCODERS)
+@pytest.mark.parametrize("audio", AUDIO_ENCODERS)
 def test_any_vision_encoder_goes_with_any_audio_encoder(vision, audio):
     options = EncoderOptions(vision_encoder=vision, audio_encoder=audio)
     assert encoder_problems(options) == []

@@ -89,17 +89,17 @@ def test_length_bonus_is_one_for_every_token():
     assert scorer.score(torch.zeros(5, dtype=torch.int64), state)[0].shape == (5, VOCABULARY)
 
 
-def test_the_interface_implements_nothing():
-    memory, lengths, tokens = torch.zeros(1, 1, 1), torch.tensor([1]), torch.tensor([0])
-    scorer = PartialScorerInterface()
-    assert isinstance(scorer, ScorerInterface)
-    with pytest.raises(NotImplementedError):
-        scorer.init(memory, lengths, 1)
-    with pytest.raises(NotImplementedError):
-        scorer.score(tokens, None)
-    with pytest.raises(NotImplementedError):
-        scorer.reorder(None, tokens)
-    with pytest.raises(NotImplementedError):
-        scorer.score_partial(tokens, tokens[None], None)
-    with pytest.raises(NotImplementedError):
-        scorer.reorder_partial(None, tokens, tokens, tokens)
+@pytest.mark.parametrize(
+    ("interface", "methods"),
+    [
+        (ScorerInterface, ["init", "reorder", "score"]),
+        (PartialScorerInterface, ["init", "reorder_partial", "score", "score_partial"]),
+    ],
+)
+def test_a_scorer_that_lacks_a_method_cannot_be_defined(interface, methods):
+    own = {method: lambda: None for method in methods}
+    type("Scorer", (interface,), own)()
+    for method in methods:
+        others = {name: value for name, value in own.items() if name != method}
+        with pytest.raises(TypeError, match=f"Scorer lacks {method}: see .*ScorerInterface"):
+            type("Scorer", (interface,), others)

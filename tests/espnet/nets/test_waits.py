@@ -3,21 +3,21 @@
 import pytest
 import torch
 
+from espnet.nets import decoders
+from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
 from espnet.nets.pytorch_backend.encoded import Encoded, Video
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
 from tests import adapted_cases
 from tests.device_waits import Waits, to_device
 
-OWN = ("resnet", "resnet1d", "fbank", "transformer")  # without a checkpoint
+TABLES = (VISION_ENCODERS, AUDIO_ENCODERS, decoders.DECODERS)
+OWN = {name for table in TABLES for name, row in table.items() if not row.pretrained}
 AUDIOVISUAL = {"vision_encoder": "resnet", "audio_encoder": "resnet1d"}
 FINE_TUNED = {"freeze_vision_encoder": False, "freeze_audio_encoder": False}
 MODELS = {
-    **{name: {"modality": "video", "vision_encoder": name} for name in ("resnet", "vit", "clip")},
-    **{
-        name: {"modality": "audio", "audio_encoder": name}
-        for name in ("resnet1d", "fbank", "whisper", "wavlm")
-    },
+    **{name: {"modality": "video", "vision_encoder": name} for name in VISION_ENCODERS},
+    **{name: {"modality": "audio", "audio_encoder": name} for name in AUDIO_ENCODERS},
     "audiovisual": AUDIOVISUAL,
     "modality_dropout": {**AUDIOVISUAL, "modality_dropout": (0.5, 0.4)},
     "50_hz": {**AUDIOVISUAL, "frame_rate": 50},

@@ -17,12 +17,12 @@ from espnet.nets.pytorch_backend.decoder.causal_lm_layers import (
     soft_capped,
 )
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
+from espnet.nets.pytorch_backend.decoder.interface import DecoderInterface, leave_out_finished
 from espnet.nets.pytorch_backend.decoder.memory_prefix import MemoryPrefix, join
 from espnet.nets.pytorch_backend.decoder.prefix_ctc import PrefixCTC
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
+from espnet.nets.pytorch_backend.nets_utils import send
 from espnet.nets.pytorch_backend.pretrained import load_pretrained
 from espnet.nets.pytorch_backend.real_frames import RealFrames
-from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CausalLMDecoderState:
     cache: DynamicCache
 
 
-class CausalLMDecoder(FreezableModule, ScorerInterface):
+class CausalLMDecoder(DecoderInterface):
     """Decoder over the encoder's output made of a pretrained language model.
 
     The model is one of `CAUSAL_LM_TYPES`, in transformers' layers. With `cross-attention`, gated
@@ -84,14 +84,11 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
         quantize: Whether its linear layers go into 4 bits while they are loaded.
 
     Attributes:
-        odim: Vocabulary size V, that of the checkpoint's output layer and the blank.
-        first_token: Id of the token that the first column of `logits` scores.
         sos: Id of the start symbol.
 
     Raises:
         ValueError: If the checkpoint cannot be loaded, is of another type or no model that
-            writes, or an option does not fit it.
-        ValueError: If an option is out of range.
+            writes, or an option is out of range or does not fit it.
     """
 
     first_token = 1
@@ -195,28 +192,8 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
             prefix = -(-frames // self.memory_prefix.downsample)
         return max(0, self.positions - len(self.prompt) - prefix)
 
-    def forward(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
-        """Scores every next token of given sequences.
-
-        Args:
-            tokens: Token ids that begin with sos, (B, U), padded with eos.
-            memory: Encoder output, (B, T, memory_dim), padded with anything.
-            memory_lengths: Real frames, (B,).
-
-        Returns:
-            Unnormalised scores of the tokens that follow, without the blank, (B, U, V - 1).
-
-        Raises:
-            ValueError: If the checkpoint has too few positions for them.
-        """
-        return self.logits(self.features(tokens, memory, memory_lengths))
-
     def features(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
-        """Hidden states that predict the tokens that follow; arguments as for `forward`.
-
-        Returns:
-            Hidden states after the final norm, (B, U, D).
-        """
+        """Hidden states after the final norm, (B, U, D). See `DecoderInterface`."""
         hidden, starts = self._sequence(tokens, memory, memory_lengths)
         mask = RealFrames.of(memory_lengths, memory).mask
         blocks = [partial(block, memory=memory, memory_mask=mask) for block in self.cross_attention]
@@ -282,18 +259,8 @@ class CausalLMDecoder(FreezableModule, ScorerInterface):
 
     def reorder(self, state: CausalLMDecoderState, index: Tensor) -> CausalLMDecoderState:
         """Keeps the hypotheses of `index`; the caches are changed. See `ScorerInterface`."""
-        complete = len(index) == len(state.starts) * state.beam_size
         state.cache.reorder_cache(index)
-        if complete:
-            return state
-        kept = kept_utterances(index, state.beam_size)
-        return replace(
-            state,
-            starts=state.starts[kept],
-            memory=[(keys[kept], values[kept]) for keys, values in state.memory],
-            memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
-            prefix=None if state.prefix is None else state.prefix.keep(kept),
-        )
+        return leave_out_finished(state, index, "starts", "memory", "memory_mask", "prefix")
 
     def _blocks(self, state: CausalLMDecoderState) -> list[Callable[[Tensor], Tensor]]:
         """The blocks of cross-attention, each with the memory of a search."""

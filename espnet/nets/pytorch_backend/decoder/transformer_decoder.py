@@ -1,12 +1,13 @@
 """Transformer decoder: teacher-forced for training, cached and batched over beams for search."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.decoder.interface import DecoderInterface, leave_out_finished
 from espnet.nets.pytorch_backend.decoder.token_cache import TokenCache
 from espnet.nets.pytorch_backend.real_frames import RealFrames
 from espnet.nets.pytorch_backend.transformer.attention import MultiHeadedAttention
@@ -14,7 +15,6 @@ from espnet.nets.pytorch_backend.transformer.embedding import PositionalEncoding
 from espnet.nets.pytorch_backend.transformer.positionwise_feed_forward import (
     PositionwiseFeedForward,
 )
-from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 LAYER_NORM_EPS = 1e-12  # that of published checkpoints
 
@@ -106,7 +106,7 @@ class DecoderLayer(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
-class TransformerDecoder(nn.Module, ScorerInterface):
+class TransformerDecoder(DecoderInterface):
     """Autoregressive decoder over the encoder's output.
 
     Source: Vaswani et al., Attention Is All You Need, 2017, with layer norm before each block.
@@ -120,7 +120,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         dropout_rate: Dropout on positions and residual branches.
     """
 
-    first_token = 0  # id of the output layer's first column
+    first_token = 0
 
     def __init__(
         self,
@@ -133,6 +133,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         dropout_rate: float = 0.1,
     ) -> None:
         super().__init__()
+        self.odim = odim
         self.embed = nn.Sequential(
             nn.Embedding(odim, attention_dim),
             PositionalEncoding(dim=attention_dim, dropout_rate=dropout_rate),
@@ -149,21 +150,8 @@ class TransformerDecoder(nn.Module, ScorerInterface):
         self.after_norm = nn.LayerNorm(attention_dim, eps=LAYER_NORM_EPS)
         self.output_layer = nn.Linear(attention_dim, odim)
 
-    def forward(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
-        """Scores every next token of given sequences.
-
-        Args:
-            tokens: Token ids that begin with sos, (B, U).
-            memory: Encoder output, (B, T, D).
-            memory_lengths: Real frames, (B,).
-
-        Returns:
-            Unnormalised scores of the tokens that follow, (B, U, V).
-        """
-        return self.logits(self.features(tokens, memory, memory_lengths))
-
     def features(self, tokens: Tensor, memory: Tensor, memory_lengths: Tensor) -> Tensor:
-        """What `logits` scores the next tokens by, (B, U, D); arguments as for `forward`."""
+        """Features after the last block's norm, (B, U, D). See `DecoderInterface`."""
         memory_mask = _attention_mask(memory_lengths, memory)
         x = self.embed(tokens)
         for layer in self.decoders:
@@ -203,14 +191,7 @@ class TransformerDecoder(nn.Module, ScorerInterface):
     def reorder(self, state: DecoderState, index: Tensor) -> DecoderState:
         """Keeps the hypotheses of `index`; the cache is changed. See `ScorerInterface`."""
         state.cache.reorder(index)
-        if len(index) == state.beam_size * len(state.memory[0][0]):
-            return state
-        kept = kept_utterances(index, state.beam_size)
-        return replace(
-            state,
-            memory=[(keys[kept], values[kept]) for keys, values in state.memory],
-            memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
-        )
+        return leave_out_finished(state, index, "memory", "memory_mask")
 
 
 def _attention_mask(lengths: Tensor, memory: Tensor) -> Tensor | None:

@@ -12,11 +12,10 @@ from transformers import DynamicCache, WhisperForCausalLM
 
 from espnet.nets.decoders import DECODERS
 from espnet.nets.pytorch_backend.decoder.gated_cross_attention import GatedCrossAttention
+from espnet.nets.pytorch_backend.decoder.interface import DecoderInterface, leave_out_finished
 from espnet.nets.pytorch_backend.encoded import Video
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule
 from espnet.nets.pytorch_backend.pretrained import cache_argument, load_pretrained
 from espnet.nets.pytorch_backend.real_frames import RealFrames
-from espnet.nets.scorer_interface import ScorerInterface, kept_utterances
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class WhisperState:
     cache: DynamicCache
 
 
-class WhisperDecoder(FreezableModule, ScorerInterface):
+class WhisperDecoder(DecoderInterface):
     """Decoder of a Whisper checkpoint with its own vocabulary and output layer.
 
     The project's ids are those of the checkpoint's tokenizer plus 1; 0 is the CTC blank.
@@ -75,7 +74,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
             vocabulary, or the prompt leaves no position for a text.
     """
 
-    first_token = 1  # project id of the output layer's first column
+    first_token = 1
 
     def __init__(
         self,
@@ -129,26 +128,6 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         """Most tokens of a text, without start and end symbol, whatever the frames of memory."""
         return self.positions - len(self.prompt)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        memory: Tensor,
-        memory_lengths: Tensor,
-        video: Video | None = None,
-    ) -> Tensor:
-        """Scores every next token of given sequences.
-
-        Args:
-            tokens: Token ids that begin with sos, (B, U).
-            memory: Encoder output, (B, T, M).
-            memory_lengths: Real frames, (B,).
-            video: What the gated blocks attend to, if there are any.
-
-        Returns:
-            Unnormalised scores of the tokens that follow, (B, U, odim - 1): without the blank.
-        """
-        return self.logits(self.features(tokens, memory, memory_lengths, video))
-
     def features(
         self,
         tokens: Tensor,
@@ -156,20 +135,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         memory_lengths: Tensor,
         video: Video | None = None,
     ) -> Tensor:
-        """Hidden states of given sequences, each of which follows the prompt.
-
-        Args:
-            tokens: Token ids that begin with sos, (B, U).
-            memory: Encoder output, (B, T, M).
-            memory_lengths: Real frames, (B,).
-            video: As for `forward`.
-
-        Returns:
-            What the output layer takes, (B, U, D).
-
-        Raises:
-            ValueError: If there are more tokens than the checkpoint has positions for.
-        """
+        """Hidden states after the final norm, (B, U, D). See `DecoderInterface`."""
         longest = self.max_tokens(memory.size(1))
         if tokens.size(1) - 1 > longest:
             raise ValueError(
@@ -191,7 +157,7 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
         return self.backbone.model.decoder.layer_norm(x[:, prefix.size(1) :])
 
     def logits(self, features: Tensor) -> Tensor:
-        """Applies the output layer, (..., D) -> (..., odim - 1); nothing is suppressed."""
+        """Scores by the checkpoint's output layer; nothing is suppressed."""
         return self.backbone.proj_out(features)
 
     def init(
@@ -241,18 +207,8 @@ class WhisperDecoder(FreezableModule, ScorerInterface):
 
     def reorder(self, state: WhisperState, index: Tensor) -> WhisperState:
         """Keeps the hypotheses of `index`. See `ScorerInterface`."""
-        utterances = len(state.memory[0][0])
         state.cache.reorder_cache(index)
-        if len(index) == utterances * state.beam_size:
-            return state
-        kept = kept_utterances(index, state.beam_size)
-        return replace(
-            state,
-            memory=[(keys[kept], values[kept]) for keys, values in state.memory],
-            memory_mask=None if state.memory_mask is None else state.memory_mask[kept],
-            video=[(keys[kept], values[kept]) for keys, values in state.video],
-            video_mask=None if state.video_mask is None else state.video_mask[kept],
-        )
+        return leave_out_finished(state, index, "memory", "memory_mask", "video", "video_mask")
 
     def _advance(self, ids: Tensor, state: WhisperState) -> Tensor:
         """Reads tokens, which enter the cache.

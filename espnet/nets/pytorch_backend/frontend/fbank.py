@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet.formats import SAMPLES_PER_FRAME
+from espnet.nets.pytorch_backend.frontend.interface import FrontendInterface
 from espnet.nets.pytorch_backend.frontend.mel import mel_filters
 from espnet.nets.pytorch_backend.frontend.waveform import split_into_frames
 from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
@@ -15,7 +16,7 @@ LOWEST_HZ, HIGHEST_HZ = 20.0, 7600.0
 FLOOR = 1e-5  # added to energies before the logarithm; speech is normalised to unit variance
 
 
-class FilterBank(nn.Module):
+class FilterBank(FrontendInterface):
     """Log-mel energies, two convolutions that halve the rate, each with batch norm and swish.
 
     Far cheaper than a ResNet on the waveform, and quicker to learn from little data.
@@ -42,15 +43,7 @@ class FilterBank(nn.Module):
         self.norm2 = nn.BatchNorm1d(self.output_dim)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes waveforms; samples beyond the last full frame are left out.
-
-        Args:
-            x: Waveforms normalised over the utterance, (B, S, 1).
-            lengths: Samples, (B,).
-
-        Returns:
-            Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
-        """
+        """Encodes waveforms, up to their last full frame. See `FrontendInterface`."""
         frames, real = split_into_frames(x, lengths)
         x = batch_norm(self.norm, self.log_mel(frames.squeeze(-1), real))
         for convolution, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):

@@ -1,6 +1,7 @@
 """What the front-ends share that take each video frame as an image."""
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 from espnet.formats import VIDEO_MEAN, VIDEO_STD
@@ -19,43 +19,38 @@ from espnet.nets.pytorch_backend.real_frames import RealFrames
 logger = logging.getLogger(__name__)
 
 
-class ImageEncoder(PretrainedEncoder):
+class ImageEncoder(PretrainedEncoder, abstract=True):
     """Encodes the frames of a video one by one with a vision Transformer over patches.
 
     Padding never goes through the backbone, and frames go through it in chunks, which bounds the
     memory: that of a trained backbone too, whose chunks are computed again for their gradients.
 
     Args:
-        backbone: Vision model of transformers.
-        mean: Mean of each colour, (3,), in images on which the backbone was trained.
-        std: Standard deviation of each colour, (3,), likewise.
+        name: As for `PretrainedEncoder`.
         pooling: `cls` takes the feature of the class token, `mean` the mean over the patches.
         image_size: Side in pixels to which frames are resized, a multiple of the patch size; None
             for the smallest that holds the frame.
         chunk_frames: Frames that go through the backbone at once.
-        gradient_checkpointing: Whether a chunk is computed again for its gradients.
         **options: As for `PretrainedEncoder`.
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
     frame_rate = 25
+    mean_and_std = [0.5] * 3, [0.5] * 3  # of images, for checkpoints that do not tell them
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        name: str,
         *,
-        mean: Tensor,
-        std: Tensor,
         pooling: str = "cls",
         image_size: int | None = None,
         chunk_frames: int = 128,
-        gradient_checkpointing: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(backbone, **options)
-        self.patch_size = backbone.config.patch_size
+        super().__init__(name, **options)
+        self.patch_size = self.backbone.config.patch_size
         if pooling not in POOLINGS:
             raise ValueError(f"pooling {pooling!r} is unknown: choose {' or '.join(POOLINGS)}")
         if image_size is not None and image_size % self.patch_size:
@@ -66,21 +61,13 @@ class ImageEncoder(PretrainedEncoder):
         self.pooling = pooling
         self.image_size = image_size
         self.chunk_frames = chunk_frames
-        self.gradient_checkpointing = gradient_checkpointing
+        mean, std = image_statistics(name, self.mean_and_std)
         # x·std + mean is the pixel in [0, 1], which the backbone wants by its own mean and std.
         self.register_buffer("scale", VIDEO_STD / std.view(-1, 1, 1), persistent=False)
         self.register_buffer("shift", ((VIDEO_MEAN - mean) / std).view(-1, 1, 1), persistent=False)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes videos.
-
-        Args:
-            x: Videos, (B, T, 1, H, W), normalised by this project's mean and deviation.
-            lengths: Frames, (B,).
-
-        Returns:
-            Features, (B, T, D), zero where padded, and their lengths, (B,).
-        """
+        """Encodes videos, (B, T, 1, H, W). See `FrontendInterface`."""
         real = RealFrames.of(lengths, x)
         frames = real.pack(x)  # (B, T, 1, H, W) -> (N, 1, H, W)
         features = torch.cat([self._chunk(chunk) for chunk in frames.split(self.chunk_frames)])
@@ -107,16 +94,16 @@ class ImageEncoder(PretrainedEncoder):
             frames = resized.to(frames.dtype)
         return frames * self.scale + self.shift  # (N, 1, H', W') -> (N, 3, H', W')
 
+    @abstractmethod
     def hidden_states(self, images: Tensor) -> Iterator[Tensor]:
         """The input of the first layer, and the output of each layer.
 
         Args:
             images: (N, 3, H, W).
 
-        Returns:
+        Yields:
             Hidden states, (N, 1 + patches, D) each, the class token first.
         """
-        raise NotImplementedError
 
     def _chunk(self, frames: Tensor) -> Tensor:
         """Features of some frames, (N, 1, H, W) -> (N, D)."""
@@ -129,7 +116,7 @@ class ImageEncoder(PretrainedEncoder):
         return tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(dim=1)
 
 
-def image_statistics(name: str, default: tuple[list[float], list[float]]) -> dict[str, Tensor]:
+def image_statistics(name: str, default: tuple[list[float], list[float]]) -> tuple[Tensor, Tensor]:
     """Reads the mean and deviation by which a checkpoint's images are normalised.
 
     Args:
@@ -137,7 +124,7 @@ def image_statistics(name: str, default: tuple[list[float], list[float]]) -> dic
         default: Those of the published checkpoints, for one without a preprocessor_config.json.
 
     Returns:
-        `mean` and `std`, (3,) each.
+        Mean and deviation of each colour, (3,) each.
     """
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(name)
@@ -151,4 +138,4 @@ def image_statistics(name: str, default: tuple[list[float], list[float]]) -> dic
             "are mean %s and std %s",
             *(name, mean, std),
         )
-    return {"mean": torch.tensor(mean), "std": torch.tensor(std)}
+    return torch.tensor(mean), torch.tensor(std)

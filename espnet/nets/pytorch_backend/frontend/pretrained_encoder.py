@@ -1,5 +1,6 @@
 """What the pretrained front-ends share: freezing, and the choice of a hidden layer."""
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 
@@ -7,36 +8,41 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule
+from espnet.nets.pytorch_backend.frontend.interface import FrontendInterface
 
 
-class PretrainedEncoder(FreezableModule):
+class PretrainedEncoder(FrontendInterface, abstract=True):
     """A transformers model with its layers cut to those that are used, frozen or trained.
 
     Args:
-        backbone: The model, its weights loaded.
+        name: Hub id of its checkpoint, or a folder as `save_pretrained` leaves it.
+        quantize: Whether its linear layers go into 4 bits while they are loaded.
         freeze: Whether its weights stay as they are; it then stays in eval mode too.
         unfreeze_last_layers: Layers at its end that are trained nevertheless.
         encoder_layer: Hidden layer that gives the features, as transformers number them: 0 is
             the input of the first layer; -1 is the output of the whole model, the final norm
             included; `weighted` is a learned mean over all.
+        gradient_checkpointing: Whether what is trained is computed again for its gradients.
 
     Raises:
-        ValueError: If there are fewer layers than are asked for.
+        ValueError: If the checkpoint cannot be loaded, or has fewer layers than are asked for.
     """
 
     norm_ends_last_layer = False  # whether the last hidden layer has gone through the final norm
 
     def __init__(
         self,
-        backbone: PreTrainedModel,
+        name: str,
         *,
+        quantize: bool = False,
         freeze: bool = True,
         unfreeze_last_layers: int = 0,
         encoder_layer: int | str = -1,
+        gradient_checkpointing: bool = True,
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone = backbone = self.load_backbone(name, quantize=quantize)
+        self.gradient_checkpointing = gradient_checkpointing
         self.output_dim = backbone.config.hidden_size
         self.encoder_layer = encoder_layer
         number = len(self.layers)
@@ -65,10 +71,14 @@ class PretrainedEncoder(FreezableModule):
             norm.requires_grad_(trained and (encoder_layer == -1 or in_last_layer))
         self.train()  # transformers loads in eval mode
 
+    @abstractmethod
+    def load_backbone(self, name: str, *, quantize: bool) -> PreTrainedModel:
+        """Loads the checkpoint; arguments as for the class."""
+
     @property
+    @abstractmethod
     def layers(self) -> nn.ModuleList:
         """The Transformer layers of the backbone."""
-        raise NotImplementedError
 
     def final_norm(self) -> nn.Module | None:
         """The norm after the last layer; None for a backbone that has none."""

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.frontend.interface import FrontendInterface
 from espnet.nets.pytorch_backend.real_frames import RealFrames, take_or_zero
 
 
@@ -74,7 +75,7 @@ class ResNet(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-class Conv3dResNet(nn.Module):
+class Conv3dResNet(FrontendInterface):
     """Video front-end of auto_avsr.
 
     A 5×7×7 convolution sees two frames to each side; all that follows works frame by frame, on
@@ -103,15 +104,7 @@ class Conv3dResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes mouth crops.
-
-        Args:
-            x: Normalised grey video at 25 frames a second, (B, T, 1, H, W).
-            lengths: Frames, (B,).
-
-        Returns:
-            Features, (B, T, 8·width), zero where padded, and their lengths, (B,).
-        """
+        """Encodes mouth crops, (B, T, 1, H, W). See `FrontendInterface`."""
         real = RealFrames.of(lengths, x)
         frames = self._convolve(real.pack(x.squeeze(2)), real)
         _, norm, activation, pooling = self.frontend3D

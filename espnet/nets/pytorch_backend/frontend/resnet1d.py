@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME
+from espnet.nets.pytorch_backend.frontend.interface import FrontendInterface
 from espnet.nets.pytorch_backend.frontend.waveform import split_into_frames
 from espnet.nets.pytorch_backend.real_frames import RealFrames, batch_norm, convolve
 
@@ -127,7 +128,7 @@ class ResNet1D(nn.Module):
         return x.mean(dim=1)  # (N, 20, D) -> (N, D)
 
 
-class Conv1dResNet(nn.Module):
+class Conv1dResNet(FrontendInterface):
     """Audio front-end of auto_avsr: 25 features a second from 16 kHz samples.
 
     Source: Ma et al., Auto-AVSR, ICASSP 2023. Padding enters neither the convolutions nor the
@@ -145,15 +146,7 @@ class Conv1dResNet(nn.Module):
         self.trunk = ResNet1D(width=width)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes waveforms; samples beyond the last full frame are left out.
-
-        Args:
-            x: Waveforms normalised over the utterance, (B, S, 1).
-            lengths: Samples, (B,).
-
-        Returns:
-            Features, (B, S // 640, 8·width), zero where padded, and their lengths, (B,).
-        """
+        """Encodes waveforms, up to their last full frame. See `FrontendInterface`."""
         frames, real = split_into_frames(x, lengths)
         return real.pad(self.trunk(frames, real)), self.output_lengths(lengths)
 

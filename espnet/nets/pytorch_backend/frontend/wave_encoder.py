@@ -1,9 +1,9 @@
 """What the pretrained front-ends on waveforms share."""
 
+from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from espnet.nets.pytorch_backend.frontend.pretrained_encoder import PretrainedEncoder
 from espnet.nets.pytorch_backend.nets_utils import send
@@ -13,35 +13,23 @@ from espnet.nets.pytorch_backend.real_frames import RealFrames
 SAMPLES_PER_FEATURE = 320  # 50 features a second
 
 
-class WaveEncoder(PretrainedEncoder):
+class WaveEncoder(PretrainedEncoder, abstract=True):
     """Encodes waveforms.
 
     Args:
-        backbone: Audio model of transformers.
-        gradient_checkpointing: Whether layers with trained weights are computed again for their
-            gradients.
+        name: As for `PretrainedEncoder`.
         **options: As for `PretrainedEncoder`.
     """
 
     frame_rate = 50
 
-    def __init__(
-        self, backbone: PreTrainedModel, *, gradient_checkpointing: bool = True, **options: Any
-    ) -> None:
-        super().__init__(backbone, **options)
-        if gradient_checkpointing:  # It takes place in layers in training mode only.
-            enable_gradient_checkpointing(backbone)
+    def __init__(self, name: str, **options: Any) -> None:
+        super().__init__(name, **options)
+        if self.gradient_checkpointing:  # It takes place in layers in training mode only.
+            enable_gradient_checkpointing(self.backbone)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes waveforms.
-
-        Args:
-            x: Waveforms, (B, S, 1).
-            lengths: Samples, (B,).
-
-        Returns:
-            Features, (B, T, D), zero where padded, T that of the longest; their lengths, (B,).
-        """
+        """Encodes waveforms, (B, S, 1). See `FrontendInterface`."""
         frames = self.output_lengths(lengths)
         x = x[:, : int(lengths.max())]
         real = RealFrames.of(lengths, x)
@@ -52,10 +40,7 @@ class WaveEncoder(PretrainedEncoder):
         features = self.encode(waves, lengths[order], frames[order])
         return features[send(order.argsort(), x.device)], frames
 
-    def output_lengths(self, lengths: Tensor) -> Tensor:
-        """Features of waveforms of given lengths in samples."""
-        raise NotImplementedError
-
+    @abstractmethod
     def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:
         """Encodes waveforms.
 
@@ -67,4 +52,3 @@ class WaveEncoder(PretrainedEncoder):
         Returns:
             Features, (B, T, D), zero where padded, T that of the longest.
         """
-        raise NotImplementedError

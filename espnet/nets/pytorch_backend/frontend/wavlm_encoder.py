@@ -82,18 +82,10 @@ class WavLMEncoder(WaveEncoder):
     padded batch what it gives alone: the group norm of base models leaves the padding out. The
     convolutions fall short of 50 features a second by one at the end, which is repeated. Neither
     time masking nor layer drop of the checkpoint's config is in use.
-
-    Args:
-        name: Hub id, or a folder as `save_pretrained` leaves it.
-        quantize: Whether its linear layers go into 4 bits while they are loaded.
-        **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
-            `WaveEncoder` and `PretrainedEncoder`.
-
-    Raises:
-        ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
     """
 
-    def __init__(self, name: str, *, quantize: bool = False, **options: Any) -> None:
+    def load_backbone(self, name: str, *, quantize: bool) -> WavLMModel:
+        """Loads the checkpoint, and puts attention for packed frames in it."""
         backbone = load_pretrained(
             WavLMModel,
             name,
@@ -105,7 +97,7 @@ class WavLMEncoder(WaveEncoder):
         backbone.masked_spec_embed = None
         for layer in backbone.encoder.layers:
             layer.attention = PackedAttention(layer.attention)
-        super().__init__(backbone, **options)
+        return backbone
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -122,16 +114,7 @@ class WavLMEncoder(WaveEncoder):
         return lengths // SAMPLES_PER_FEATURE
 
     def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:
-        """Encodes waveforms.
-
-        Args:
-            waves: (B, S), longest first, zero where padded.
-            samples: Real samples, (B,).
-            frames: Features of each, (B,).
-
-        Returns:
-            Features, (B, T, D), zero where padded, T that of the longest.
-        """
+        """Encodes waveforms, (B, S), longest first. See `WaveEncoder`."""
         waves = F.pad(waves, (0, max(0, RECEPTIVE_FIELD - waves.size(1))))
         x, lengths = self.convolve_waves(waves, samples.clamp(min=RECEPTIVE_FIELD))
         convolved = RealFrames(lengths, int(lengths.max()), waves.device)

@@ -31,27 +31,22 @@ class WhisperEncoder(WaveEncoder):
     they count in the lengths.
 
     Args:
-        name: Hub id, or a folder as `save_pretrained` leaves it, of a whole Whisper.
+        name: As for `PretrainedEncoder`, of a whole Whisper.
         margin: Seconds of silence that follow each utterance, as far as the checkpoint has
             positions; 30 fills them all.
-        quantize: Whether its linear layers go into 4 bits while they are loaded.
-        **options: `freeze`, `encoder_layer`, `gradient_checkpointing` and so on, as for
-            `WaveEncoder` and `PretrainedEncoder`.
-
-    Raises:
-        ValueError: If the checkpoint cannot be loaded, or an option does not fit it.
+        **options: As for `PretrainedEncoder`.
     """
 
     norm_ends_last_layer = True
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        margin: float = 0.0,
-        quantize: bool = False,
-        **options: Any,
-    ) -> None:
+    def __init__(self, name: str, *, margin: float = 0.0, **options: Any) -> None:
+        super().__init__(name, **options)
+        self.positions = self.backbone.config.max_source_positions
+        self.margin = round(margin * self.frame_rate)  # features
+        self.log_mel = WhisperLogMel(self.backbone.config.num_mel_bins)
+
+    def load_backbone(self, name: str, *, quantize: bool) -> WhisperBackbone:
+        """Loads the encoder of a checkpoint. See `PretrainedEncoder`."""
         backbone = load_pretrained(
             WhisperBackbone,
             name,
@@ -63,10 +58,7 @@ class WhisperEncoder(WaveEncoder):
             attn_implementation=ATTENTION,
         )
         backbone.embed_positions.requires_grad_(False)  # Sinusoids; loading forgets it.
-        super().__init__(backbone, **options)
-        self.positions = backbone.config.max_source_positions
-        self.margin = round(margin * self.frame_rate)  # features
-        self.log_mel = WhisperLogMel(backbone.config.num_mel_bins)
+        return backbone
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -86,15 +78,7 @@ class WhisperEncoder(WaveEncoder):
         return (self.speech_lengths(lengths) + self.margin).clamp(max=self.positions)
 
     def encode(self, waves: Tensor, samples: Tensor, frames: Tensor) -> Tensor:  # noqa: ARG002
-        """Encodes waveforms.
-
-        Args:
-            waves: (B, S), longest first, zero where padded.
-            samples: Real samples, (B,).
-            frames: Features of each, (B,), its margin among them.
-
-        Returns:
-            Features, (B, T, D), zero where padded, T that of the longest.
+        """Encodes waveforms, (B, S), longest first. See `WaveEncoder`.
 
         Raises:
             ValueError: If they are longer than the checkpoint has positions.

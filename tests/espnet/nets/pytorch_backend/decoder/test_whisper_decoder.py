@@ -87,14 +87,6 @@ def make_video(video_dim, frames, lengths):
     return Video(features, torch.tensor(lengths))
 
 
-def rows_of(video, rows):
-    """The video of some utterances of a batch, cut to the longest."""
-    if video is None:
-        return None
-    features, lengths = video.features[rows], video.lengths[rows]
-    return Video(features[:, : lengths.max()], lengths)
-
-
 def mels(batch, seed=2):
     return torch.randn(batch, 8, 2 * FRAMES, generator=torch.Generator().manual_seed(seed))
 
@@ -155,57 +147,6 @@ def test_only_a_memory_of_another_size_is_projected(whisper, make_decoder):
     memory, tokens = torch.randn(2, 9, 10), random_tokens(2, 5)
     expected = reference_logits(whisper, tokens, decoder.memory_projection(memory))
     torch.testing.assert_close(decoder(tokens, memory, torch.tensor([9, 9])), expected)
-
-
-@pytest.mark.parametrize("video_dim", [0, VIDEO])
-@torch.no_grad()
-def test_padding_changes_nothing(make_decoder, video_dim):
-    decoder = make_decoder(video_dim=video_dim)
-    memory, tokens = torch.randn(3, 9, DIM), random_tokens(3, 7)
-    frames, lengths = [9, 6, 1], [4, 7, 1]
-    video = make_video(video_dim, 8, [3, 8, 2])
-    for row in range(3):
-        memory[row, frames[row] :] = 9.0
-        tokens[row, lengths[row] :] = EOS + 1
-    together = decoder(tokens, memory, torch.tensor(frames), video)
-    for row, (length, frame) in enumerate(zip(lengths, frames, strict=True)):
-        rows = slice(row, row + 1)
-        alone = decoder(
-            *(tokens[rows, :length], memory[rows, :frame], torch.tensor([frame])),
-            rows_of(video, rows),
-        )
-        torch.testing.assert_close(together[rows, :length], alone)
-
-
-@pytest.mark.parametrize("beam", [1, BEAM])
-@pytest.mark.parametrize("video_dim", [0, VIDEO])
-@pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:1]])
-@torch.no_grad()
-def test_cached_steps_agree_with_teacher_forcing(make_decoder, prompt, video_dim, beam):
-    """Hypotheses that are doubled and dropped at every step, and an utterance that is dropped."""
-    decoder = make_decoder(prompt=prompt, video_dim=video_dim)
-    memory, lengths = torch.randn(3, 9, DIM), torch.tensor([9, 5, 7])
-    video = make_video(video_dim, 8, [3, 8, 5])
-    generator = torch.Generator().manual_seed(4)
-    prefixes = torch.full((3 * beam, 1), prompt[-1] + 1)
-    state = decoder.init(memory, lengths, beam, video)
-    utterances = torch.arange(3).repeat_interleave(beam)
-    for step in range(5):
-        scores, state = decoder.score(prefixes[:, -1], state)
-        assert scores.dtype == torch.float32
-        seen = rows_of(video, utterances)
-        logits = decoder(prefixes, memory[utterances], lengths[utterances], seen)[:, -1]
-        torch.testing.assert_close(scores, suppressed_log_probs(logits, first=step == 0))
-        index = torch.arange(len(prefixes)).view(-1, beam)
-        index = index.gather(1, torch.randint(beam, index.shape, generator=generator))
-        if step == 2:  # The second utterance is finished.
-            index = index[[0, 2]]
-        index = index.flatten()
-        state = decoder.reorder(state, index)
-        tokens = torch.randint(9, decoder.odim, (len(index), 1), generator=generator)
-        prefixes = torch.cat([prefixes[index], tokens], dim=1)
-        utterances = utterances[index]
-    assert utterances.unique().tolist() == [0, 2]
 
 
 @torch.no_grad()
@@ -379,54 +320,6 @@ def test_gates_to_video_start_closed(make_decoder):
         assert (logits - audio_only).abs().amax(dim=2).min() > 0.01
         changed = decoder(tokens, memory, lengths, make_video(VIDEO, 7, [7, 5]))
         assert (logits - changed).abs().amax(dim=2).min() > 0.01
-
-
-def gradients(decoder, memory):
-    """Of every trained parameter by name, and of the memory."""
-    decoder.zero_grad()
-    memory = memory.clone().requires_grad_()
-    features = torch.randn(2, 7, VIDEO, generator=torch.Generator().manual_seed(3))
-    video = Video(features.requires_grad_(), torch.tensor([7, 5]))
-    logits = decoder(random_tokens(2, 6), memory, torch.tensor([9, 6]), video)
-    logits.log_softmax(dim=-1)[..., 10].sum().backward()
-    found = {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad}
-    return {**found, "memory": memory.grad, "video": features.grad}
-
-
-@pytest.mark.parametrize("freeze", [False, True])
-def test_gradients_are_finite_and_reach_what_is_trained(make_decoder, freeze):
-    decoder = make_decoder(memory_dim=10, video_dim=VIDEO, freeze=freeze, dropout_rate=0.0).train()
-    found = gradients(decoder, torch.randn(2, 9, 10))
-    assert all(gradient.isfinite().all() and gradient.any() for gradient in found.values())
-    new = {name for name in found if name.startswith(("memory_projection", "video_attention"))}
-    assert len(new) == 2 + 2 * 18
-    assert freeze == (set(found) == new | {"memory", "video"})
-    # The tied output layer counts once.
-    assert freeze or len(set(found) - new) == 2 + len(list(decoder.backbone.parameters()))
-
-
-@pytest.mark.parametrize("freeze", [False, True])
-def test_checkpointing_computes_the_same_gradients_again(make_decoder, freeze):
-    memory, calls, found = torch.randn(2, 9, DIM), [], {}
-    for again in (False, True):
-        decoder = make_decoder(video_dim=VIDEO, freeze=freeze, gradient_checkpointing=again).train()
-        calls.clear()
-        for layer in decoder.backbone.model.decoder.layers:
-            layer.fc1.register_forward_hook(lambda *_: calls.append(1))
-        torch.manual_seed(5)  # of the dropout
-        found[again] = gradients(decoder, memory)
-        assert len(calls) == (4 if again else 2)
-    torch.testing.assert_close(found[True], found[False])
-
-
-def test_frozen_weights_stay_in_eval_mode(make_decoder):
-    frozen = make_decoder(memory_dim=10, video_dim=VIDEO).train()
-    assert not any(module.training for module in frozen.backbone.modules())
-    assert all(module.training for module in frozen.video_attention.modules())
-    assert frozen.memory_projection.training
-    trained = make_decoder(freeze=False).train()
-    assert all(module.training for module in trained.backbone.modules())
-    assert not trained.eval().backbone.training
 
 
 @torch.no_grad()

@@ -32,33 +32,6 @@ def test_log_mel_agrees_with_torchaudio(frontend):
     )
 
 
-def test_padding_and_odd_samples_change_nothing(frontend):
-    frontend.eval()
-    samples = [7 * 640 + 13, 4 * 640, 2 * 640 + 639]
-    x = waves(samples)
-    together, lengths = frontend(x, torch.tensor(samples))
-    assert together.shape == (3, 7, 16)
-    assert lengths.tolist() == [7, 4, 2]
-    for row, length in enumerate(samples):
-        alone, frames = frontend(x[row : row + 1, :length], torch.tensor([length]))
-        torch.testing.assert_close(together[row, : frames[0]], alone[0], atol=1e-5, rtol=1e-4)
-        assert not together[row, frames[0] :].any()
-
-
-def test_padding_enters_no_batch_statistics(frontend):
-    samples = torch.tensor([3 * 640, 2 * 640])
-    x = waves(samples.tolist())
-    frontend.train()
-    start = {name: value.clone() for name, value in frontend.state_dict().items()}
-    expected, _ = frontend(x, samples)
-    statistics = {name: value.clone() for name, value in frontend.named_buffers()}
-    frontend.load_state_dict(start)
-    features, _ = frontend(F.pad(x, (0, 0, 0, 5 * 640), value=9.0), samples)
-    torch.testing.assert_close(features[:, :3], expected, atol=1e-5, rtol=1e-4)
-    for name, value in frontend.named_buffers():
-        torch.testing.assert_close(value, statistics[name])
-
-
 def test_gradients_are_finite_and_silence_is_no_trouble(frontend):
     x = waves([1920, 1280])
     x[1] = 0

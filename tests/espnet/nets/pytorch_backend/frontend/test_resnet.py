@@ -41,38 +41,6 @@ def test_agrees_with_the_layers_applied_one_by_one(frontend):
     torch.testing.assert_close(features[0], naive(frontend, x[0]))
 
 
-def test_padding_changes_nothing(frontend):
-    frontend.eval()
-    frames = [9, 5, 1]
-    x = clips(frames)  # Padding is not even zero.
-    together, _ = frontend(x, torch.tensor(frames))
-    for row, length in enumerate(frames):
-        alone, _ = frontend(x[row : row + 1, :length], torch.tensor([length]))
-        torch.testing.assert_close(together[row, :length], alone[0])
-        assert not together[row, length:].any()
-
-
-def test_padding_enters_no_batch_statistics(frontend):
-    frames = [6, 3]
-    x = clips(frames)
-    frontend.train()
-    expected = frontend(x, torch.tensor(frames))[0]
-    statistics = {k: v.clone() for k, v in frontend.named_buffers()}
-    frontend.load_state_dict({**frontend.state_dict(), **fresh_statistics(frontend)})
-    longer = F.pad(x, (0, 0, 0, 0, 0, 0, 0, 8), value=5.0)
-    features = frontend(longer, torch.tensor(frames))[0]
-    torch.testing.assert_close(features[:, :6], expected)
-    for name, value in frontend.named_buffers():
-        torch.testing.assert_close(value, statistics[name])
-
-
-def fresh_statistics(module):
-    return {
-        name: torch.ones_like(value) if name.endswith("running_var") else torch.zeros_like(value)
-        for name, value in module.named_buffers()
-    }
-
-
 @pytest.mark.parametrize("width", [1, 8, 16])
 @pytest.mark.parametrize("size", [24, 44, 88])
 def test_gradients_are_finite_for_any_width_and_crop(width, size):

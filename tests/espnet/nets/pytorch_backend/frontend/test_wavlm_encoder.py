@@ -63,7 +63,6 @@ def test_equals_transformers_alone_and_in_a_batch(folder):
     x = waves(SAMPLES)
     together, lengths = encoder(x, torch.tensor(SAMPLES))
     assert lengths.tolist() == [2, 47, 20, 1, 50, 2, 19, 1]
-    assert together.shape == (8, 50, encoder.output_dim)
     for row, (samples, length) in enumerate(zip(SAMPLES, lengths.tolist(), strict=True)):
         expected = theirs(folder, x[row, :samples, 0])
         alone, _ = encoder(x[row : row + 1, :samples], torch.tensor([samples]))
@@ -81,7 +80,6 @@ def test_a_second_has_50_features(folder, seconds):
     assert lengths.tolist() == [50 * seconds] == [features.size(1)]
     torch.testing.assert_close(features[0, -1], features[0, -2], atol=0, rtol=0)
     assert (features[0, -2] - features[0, -3]).abs().max() > 0.01
-    assert encoder.frame_rate == 50
 
 
 def test_output_lengths_count_full_20_ms(folder):

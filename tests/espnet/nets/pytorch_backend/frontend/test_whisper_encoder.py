@@ -56,7 +56,6 @@ def test_equals_transformers_alone_and_in_a_batch(folder, margin, silence):
     together, lengths = encoder(x, torch.tensor(SAMPLES))
     assert encoder.speech_lengths(torch.tensor(SAMPLES)).tolist() == [60, 1, 63, 1, 25]
     assert lengths.tolist() == [min(n + silence, 1500) for n in (60, 1, 63, 1, 25)]
-    assert together.shape == (5, int(lengths.max()), encoder.output_dim)
     for row, (samples, length) in enumerate(zip(SAMPLES, lengths.tolist(), strict=True)):
         expected = theirs(folder, x[row, :samples, 0], length)
         alone, _ = encoder(x[row : row + 1, :samples], torch.tensor([samples]))
@@ -143,4 +142,3 @@ def test_output_lengths_count_every_20_ms_that_begin(folder):
     encoder = WhisperEncoder(str(folder))
     lengths = encoder.output_lengths(torch.tensor([1, 320, 321, 16_000, 480_000]))
     assert lengths.tolist() == [1, 1, 2, 50, 1500]
-    assert encoder.frame_rate == 50
