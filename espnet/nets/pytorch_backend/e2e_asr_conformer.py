@@ -67,18 +67,7 @@ def build_video_frontend(options: ModelOptions, *, quantize: bool = False) -> Fr
 
 
 def build_audio_frontend(options: ModelOptions, *, quantize: bool = False) -> FrontendInterface:
-    """Builds the front-end of the audio stream.
-
-    Args:
-        options: Resolved.
-        quantize: As for `build_video_frontend`.
-
-    Returns:
-        The front-end; its weights are those of a checkpoint if it is pretrained.
-
-    Raises:
-        ValueError: If the name is unknown, or the checkpoint cannot be loaded.
-    """
+    """Builds the front-end of the audio stream; as for `build_video_frontend`."""
     encoders = options.encoders
     name = encoders.audio_encoder
     of_waves = _of_checkpoint(options, freeze=encoders.freeze_audio_encoder, quantize=quantize)

@@ -82,8 +82,3 @@ def test_loads_from_a_whole_clip_and_from_its_vision_model(folder, tmp_path):
         assert weights.keys() == expected.keys()
         for key, weight in weights.items():
             torch.testing.assert_close(weight, expected[key], atol=0, rtol=0)
-
-
-def test_what_does_not_fit_is_an_error(folder):
-    with pytest.raises(ValueError, match=r"--vision-image-size 88 is no multiple of .* 16"):
-        CLIPEncoder(folder, image_size=88)
