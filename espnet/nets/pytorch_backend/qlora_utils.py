@@ -26,6 +26,8 @@ from espnet.nets.encoders import TABLES
 
 logger = logging.getLogger(__name__)
 
+USUAL = AdaptationOptions()
+
 # Their errors would go straight into the scores, and some share their weights with an embedding.
 OUTPUT_LAYERS = ("lm_head", "proj_out", "ctc_lo", "output_layer")
 
@@ -101,9 +103,9 @@ def _targets_in(layers: list[str], targets: Iterable[str] | None) -> list[str] |
 def apply_qlora(
     module: nn.Module,
     *,
-    rank: int = 16,
-    alpha: float = 32.0,
-    dropout: float = 0.05,
+    rank: int = USUAL.lora_rank,
+    alpha: float = USUAL.lora_alpha,
+    dropout: float = USUAL.lora_dropout,
     targets: Iterable[str] | None = None,
     skip: Iterable[str] = (),
 ) -> list[str]:
@@ -252,9 +254,9 @@ def _adaptable_layers(module: nn.Module) -> list[str]:
 def add_lora(
     module: nn.Module,
     *,
-    rank: int = 16,
-    alpha: float = 32.0,
-    dropout: float = 0.05,
+    rank: int = USUAL.lora_rank,
+    alpha: float = USUAL.lora_alpha,
+    dropout: float = USUAL.lora_dropout,
     targets: Iterable[str] | None = None,
 ) -> None:
     """Adds adapters to linear layers, quantised or not, and freezes all else in the module.
