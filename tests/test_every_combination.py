@@ -1,4 +1,4 @@
-"""Every kind of encoder with every decoder: a step, four utterances by heart, saving, scoring."""
+"""Every kind of encoder with every decoder: a step, overfitting four utterances, saving, scoring."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def module_of(options, transform):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("encoders", ENCODERS)
-def test_learns_by_heart_and_scores_the_same_after_saving(parts, encoders, decoder, tmp_path):
+def test_overfits_and_scores_the_same_after_saving(parts, encoders, decoder, tmp_path):
     options, transform, batch = parts(*ENCODERS[encoders], DECODERS[decoder])
     torch.manual_seed(0)
     module = module_of(options, transform)
@@ -88,7 +88,7 @@ def test_learns_by_heart_and_scores_the_same_after_saving(parts, encoders, decod
                 break
     assert found == expected
     # For the table in docs/results.md.
-    print(f"{encoders}, {decoder}: by heart after {step + 1} steps")
+    print(f"{encoders}, {decoder}: overfitted after {step + 1} steps")
 
     module.eval()
     before = module.decode(batch)

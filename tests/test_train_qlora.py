@@ -314,7 +314,7 @@ BY_HEART = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", BY_HEART)
-def test_four_utterances_are_learnt_by_heart(corpus, surer, tmp_path, decoder):
+def test_four_utterances_are_overfitted(corpus, surer, tmp_path, decoder):
     pretrained = None if decoder == "transformer" else decoder.split("_")[0]
     options, _ = train.parse_args(
         [
@@ -353,7 +353,7 @@ def test_four_utterances_are_learnt_by_heart(corpus, surer, tmp_path, decoder):
             if found == expected:
                 break
     assert found == expected, (step, loss)
-    print(f"{decoder}: by heart after {step + 1} steps")
+    print(f"{decoder}: overfitted after {step + 1} steps")
     buffers = {name for name, _ in model.named_buffers()}
     assert changed(before, model.state_dict()) <= trained.keys() | buffers
     assert adapters(model).keys() <= changed(before, model.state_dict())

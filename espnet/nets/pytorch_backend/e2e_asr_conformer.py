@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from espnet.nets.decoders import DECODERS, DecoderOptions, Vocabulary
 from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
 from espnet.nets.model_options import FUSIONS, ModelOptions
-from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
 from espnet.nets.pytorch_backend.ctc import CTC
 from espnet.nets.pytorch_backend.decoder.interface import DecoderInterface
 from espnet.nets.pytorch_backend.decoder.llama_decoder import LLaMADecoder
@@ -29,6 +28,7 @@ from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.fusion.concat import ConcatFusion
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
+from espnet.nets.pytorch_backend.resampling import resample, resampled_lengths, resampled_width
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
 from espnet.option_tree import from_flat, names
 
@@ -424,20 +424,20 @@ class E2E(FreezableModule):
         return self.video_frontend if stream == "video" else self.audio_frontend
 
     def _width(self, stream: str) -> int:
-        """Size of the features of a stream on the clock."""
+        """Size of the features of a stream at the frame rate."""
         frontend = self._frontend(stream)
-        return clock_width(frontend.output_dim, frontend.frame_rate, self.frame_rate)
+        return resampled_width(frontend.output_dim, frontend.frame_rate, self.frame_rate)
 
     def _features(self, stream: str, x: Tensor, lengths: Tensor) -> Tensor:
-        """Features of a stream on the clock, (B, T, D)."""
+        """Features of a stream at the frame rate, (B, T, D)."""
         frontend = self._frontend(stream)
-        return to_clock(frontend(x, lengths)[0], frontend.frame_rate, self.frame_rate)
+        return resample(frontend(x, lengths)[0], frontend.frame_rate, self.frame_rate)
 
     def _frames(self, stream: str, lengths: Tensor, *, margin: bool = False) -> Tensor:
-        """Frames on the clock of a stream, (B,), with or without the silence after it."""
+        """Frames at the frame rate of a stream, (B,), with or without the silence after it."""
         frontend = self._frontend(stream)
         count = frontend.output_lengths if margin else frontend.speech_lengths
-        return clock_lengths(count(lengths), frontend.frame_rate, self.frame_rate)
+        return resampled_lengths(count(lengths), frontend.frame_rate, self.frame_rate)
 
     def _frames_of(self, lengths: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Frames of the memory and of video beside it, (B,) each.

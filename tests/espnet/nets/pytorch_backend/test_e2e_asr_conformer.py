@@ -155,7 +155,7 @@ def test_streams_are_kept_in_evaluation():
     assert all(torch.equal(model(x, lengths, targets)[0], first) for _ in range(5))
 
 
-def test_streams_may_differ_by_two_frames_and_the_video_is_the_clock():
+def test_streams_may_differ_by_two_frames_and_the_video_gives_the_length():
     model = make().eval()
     x, lengths, _ = batch([8, 8])
     shorter = {"video": x["video"], "audio": x["audio"][:, : 6 * 640]}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from espnet.nets.pytorch_backend.clock import clock_lengths, clock_width, to_clock
+from espnet.nets.pytorch_backend.resampling import resample, resampled_lengths, resampled_width
 
 
 def sequence(length, width=3, seed=0):
@@ -12,27 +12,27 @@ def sequence(length, width=3, seed=0):
 @pytest.mark.parametrize("length", [1, 2, 7, 8])
 def test_fifty_are_stacked_in_pairs(length):
     x = sequence(length)
-    stacked = to_clock(x, 50, 25)
+    stacked = resample(x, 50, 25)
     pairs = [
         torch.cat([x[:, t], x[:, t + 1] if t + 1 < length else torch.zeros(2, 3)], dim=1)
         for t in range(0, length, 2)
     ]
     torch.testing.assert_close(stacked, torch.stack(pairs, dim=1), rtol=0, atol=0)
-    assert stacked.size(2) == clock_width(3, 50, 25)
-    assert clock_lengths(torch.tensor([length]), 50, 25).item() == stacked.size(1)
+    assert stacked.size(2) == resampled_width(3, 50, 25)
+    assert resampled_lengths(torch.tensor([length]), 50, 25).item() == stacked.size(1)
 
 
 def test_twenty_five_are_repeated():
     x = sequence(4)
-    repeated = to_clock(x, 25, 50)
+    repeated = resample(x, 25, 50)
     assert all(torch.equal(repeated[:, t], x[:, t // 2]) for t in range(8))
-    assert clock_width(3, 25, 50) == 3
-    assert clock_lengths(torch.tensor([4, 1]), 25, 50).tolist() == [8, 2]
+    assert resampled_width(3, 25, 50) == 3
+    assert resampled_lengths(torch.tensor([4, 1]), 25, 50).tolist() == [8, 2]
 
 
 @pytest.mark.parametrize("rate", [25, 50])
-def test_what_is_on_the_clock_stays_as_it_is(rate):
+def test_what_has_the_frame_rate_stays_as_it_is(rate):
     x = sequence(5)
-    assert to_clock(x, rate, rate) is x
-    assert clock_width(3, rate, rate) == 3
-    assert clock_lengths(torch.tensor([5]), rate, rate).item() == 5
+    assert resample(x, rate, rate) is x
+    assert resampled_width(3, rate, rate) == 3
+    assert resampled_lengths(torch.tensor([5]), rate, rate).item() == 5
