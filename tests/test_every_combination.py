@@ -1,4 +1,4 @@
-"""Every kind of encoder with every decoder: a step, overfitting four utterances, saving, scoring."""
+"""Every kind of encoder with every decoder: overfitting four utterances, saving, scoring."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The recogniser with pretrained encoders: every combination, the frame rate and the identity start."""
+"""The recogniser with pretrained encoders: combinations, frame rate and the identity start."""
 
 from itertools import product
 
