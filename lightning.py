@@ -66,6 +66,7 @@ class ModelModule(pl.LightningModule):
         self.beam_search = build_beam_search(
             model, search or SearchOptions(), text_transform.token_list
         )
+        self._groups: list[tuple[float, float]] = []  # highest rate and weight decay of each
         self.decoded: dict[int, list[Decoded]] = {}
         self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.
         self.wishes: list[float] = []
@@ -77,8 +78,8 @@ class ModelModule(pl.LightningModule):
         self._empty = 0.0  # processes whose batch has no utterance
         self._utterances = 0.0  # of the current step, in all processes
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, with a rate that rises linearly and then falls along a cosine, by step."""
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW; `on_train_batch_start` sets the rates."""
         options = self.training_options
         groups = parameter_groups(
             self.model,
@@ -88,16 +89,24 @@ class ModelModule(pl.LightningModule):
         )
         # Lightning refuses to clip for a fused step in any mixed precision, bfloat16 too.
         fused = "mixed" not in self.trainer.precision
-        optimizer = build_optimizer(options.optimizer, groups, fused=fused)
-        steps = self.trainer.estimated_stepping_batches
-        warmup_steps = steps * options.warmup_epochs / self.trainer.max_epochs
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, warmup_steps, steps)
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        self._groups = [(group["lr"], group["weight_decay"]) for group in groups]
+        return build_optimizer(options.optimizer, groups, fused=fused)
+
+    def _set_rates(self, batch_idx: int) -> None:
+        """Sets rates that rise linearly and then fall along a cosine, and the weight decay.
+
+        They follow from the options and the place in the training, not from what a checkpoint has:
+        a resumed run may have other options, and another number of steps in an epoch.
+        """
+        trainer, options = self.trainer, self.training_options
+        every = trainer.accumulate_grad_batches
+        steps = -(-trainer.num_training_batches // every)  # in an epoch
+        step = trainer.current_epoch * steps + batch_idx // every
+        factor = warmup_cosine(step, steps * options.warmup_epochs, steps * trainer.max_epochs)
+        for group, (rate, decay) in zip(
+            self.optimizers(use_pl_optimizer=False).param_groups, self._groups, strict=True
+        ):
+            group.update(lr=factor * rate, weight_decay=decay)
 
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
@@ -123,6 +132,7 @@ class ModelModule(pl.LightningModule):
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._utterances = 0.0
+            self._set_rates(batch_idx)
             self._statistics = [buffer.clone() for buffer in self.model.buffers()]
         self._tell_the_others(len(batch["indices"]))
 

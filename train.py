@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from datamodule.options import DEFAULT_LIST
 from espnet.errors import one_line
-from espnet.option_tree import changed, from_flat, to_flat
+from espnet.option_tree import changed, flag, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
 from espnet.utils.options import Options, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
-from espnet.utils.run_config import completed, find_vocabulary, save_config
+from espnet.utils.run_config import completed, find_vocabulary, resumed_from, save_config
 from espnet.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:  # torch takes seconds to import: not before the options are checked.
@@ -118,13 +118,17 @@ def run(options: Options, watch: Stopwatch) -> None:
     run_dir = Path(options.run.exp_dir) / options.run.exp_name
     resume = resume_path(options.run.ckpt_path, run_dir)
     read = {resume: read_resumable(resume, model)} if resume else {}
+    resumed = resumed_from(options, resume, read[resume]) if resume else []
     module = ModelModule(model, text_transform, options.training, options.search, options.data.seed)
     trainer = make_trainer(options, model, run_dir, read)
     if trainer.is_global_zero and not options.run.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         with whole_file(run_dir / "config.yaml") as unfinished:
-            save_config(to_flat(options), unfinished, package_versions())
+            config = {**to_flat(options), "resumed": resumed}
+            save_config(config, unfinished, package_versions())
+        for name, (before, now) in (resumed[-1]["changed"] if resumed else {}).items():
+            print(f"Resuming with {flag(name)} {now}, {before} before")
         print(f"Training {parameter_count(model)} ({modality}) in {run_dir}")
     watch.lap("preparing")
     with ending_together(trainer):

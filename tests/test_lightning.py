@@ -221,6 +221,7 @@ class OnPretendedDevice(ModelModule):
     def configure_optimizers(self):
         to_device(self.model)
         self._device = DEVICE
+        self._groups = [(1e-3, 0.0)]
         return torch.optim.AdamW(self.parameters(), lr=1e-3, foreach=False)
 
     def transfer_batch_to_device(self, batch, device, dataloader_idx):

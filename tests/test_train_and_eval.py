@@ -187,6 +187,44 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+def test_a_run_may_be_resumed_with_other_options(run_dir, train_arguments, capsys):
+    """Rates follow the share of the training that is done, whatever the steps of an epoch."""
+    words = ["--modality-dropout", "0.3", "0.3", "--ckpt-path", str(run_dir / "epoch=0.ckpt")]
+    words += ["--max-epochs", "4", "--max-frames", "130", "--lr", "5e-4", "--weight-decay", "0"]
+    train.main(train_arguments("changed", "audiovisual", *words))
+    changed = train_arguments.exp_dir / "changed"
+    with (changed / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    steps = int(rows[1]["step"]) - int(rows[0]["step"])
+    assert steps > int(rows[0]["step"]) - steps  # of an epoch before
+    for row in rows:
+        last = (int(row["epoch"]) + 1) * steps - 1
+        expected = 5e-4 * train_module.warmup_cosine(last, steps, 4 * steps)
+        assert float(row["lr"]) == pytest.approx(expected, rel=1e-4)
+    last, before = state_of(changed / "last.ckpt"), state_of(run_dir / "epoch=0.ckpt")
+    assert {group["weight_decay"] for group in last["optimizer_states"][0]["param_groups"]} == {0}
+    name = "proj_encoder.weight"
+    moved = last["state_dict"][f"model.{name}"] - before["state_dict"][f"model.{name}"]
+    assert moved.abs().max() > 1e-4
+    assert "Resuming with --lr 0.0005, 0.001 before" in capsys.readouterr().out
+    config = yaml.safe_load((changed / "config.yaml").read_text())
+    (resumed,) = config["resumed"]
+    assert (config["lr"], resumed["epoch"]) == (5e-4, 0)
+    assert resumed["changed"] == {
+        "lr": [1e-3, 5e-4],
+        "max_epochs": [2, 4],
+        "max_frames": [400, 130],
+        "test_file": ["test.csv", None],
+        "weight_decay": [0.03, 0.0],
+    }
+    error = error_of(
+        capsys, train, train_arguments("x", "audiovisual", *words, "--optimizer", "adamw8bit")
+    )
+    assert "--optimizer adamw8bit, but " in error
+    assert "was trained with adamw: resume with that, or start anew" in error
+
+
 def test_last_starts_anew_before_there_is_a_checkpoint(train_arguments):
     train.main(train_arguments("anew", "audio", "--ckpt-path", "last", "--fast-dev-run"))
     assert not (train_arguments.exp_dir / "anew").exists()

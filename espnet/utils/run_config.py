@@ -11,11 +11,17 @@ import yaml
 from datamodule.options import DataOptions
 from espnet.nets.model_options import ModelOptions
 from espnet.nets.search_options import SearchOptions
-from espnet.option_tree import changed, from_flat, names, to_flat
+from espnet.option_tree import changed, flag, from_flat, names, to_flat
 from espnet.utils.options import Options, train_parser
 
 CHECKPOINTS = ("vision_encoder_name", "audio_encoder_name", "decoder_name")
 PATHS = (*CHECKPOINTS, "sp_model_path", "dict_path")
+FIXED = {"optimizer"}  # for a whole training
+# What says nothing of the training that is resumed.
+MAY_DIFFER = {
+    *("ckpt_path", "exp_dir", "exp_name", "group_name", "logger", "save_minutes", "slurm_job_id"),
+    *("debug", "num_workers", "probe_batch", "pretrained_model_path"),
+}
 
 
 def parse_eval_args(
@@ -125,6 +131,39 @@ def save_config(values: Mapping[str, Any], path: Path, versions: Mapping[str, st
         for name, value in sorted(values.items())
     }
     path.write_text(yaml.safe_dump({**config, "versions": dict(versions)}, sort_keys=False))
+
+
+def resumed_from(
+    options: Options, checkpoint: str, content: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The history of a run that is resumed: from what, where, and with what other options.
+
+    Args:
+        options: Of the command line that resumes.
+        checkpoint: Path that it resumes from.
+        content: Of the checkpoint.
+
+    Returns:
+        What the config.yaml beside the checkpoint has under `resumed`, and this time.
+
+    Raises:
+        ValueError: If an option differs that cannot change in the middle of a training.
+    """
+    config, now = load_config(checkpoint), to_flat(options)
+    differs = {
+        name: [config[name], list(value) if isinstance(value, tuple) else value]
+        for name, value in now.items()
+        if name in config and name not in MAY_DIFFER
+    }
+    differs = {name: pair for name, pair in differs.items() if pair[0] != pair[1]}
+    for name in FIXED & differs.keys():
+        before, given = differs[name]
+        raise ValueError(
+            f"{flag(name)} {given}, but {checkpoint} was trained with {before}: resume with that, "
+            "or start anew from its weights with --pretrained-model-path"
+        )
+    place = {"checkpoint": checkpoint, "epoch": content["epoch"], "step": content["global_step"]}
+    return [*config.get("resumed", []), {**place, "changed": differs}]
 
 
 def load_config(checkpoint: str) -> dict[str, Any]:
