@@ -6,7 +6,7 @@ from pathlib import Path
 
 from espnet.errors import one_line
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import Options, eval_parser
+from espnet.utils.options import Options, eval_parser, hide_gpus
 from espnet.utils.run_config import completed, find_vocabulary, parse_eval_args
 
 
@@ -37,6 +37,7 @@ def run(options: Options, modality: str) -> None:
     Raises:
         ValueError: If the data, the checkpoint or the hardware does not fit the options.
     """
+    hide_gpus(options.hardware)
     import pytorch_lightning as pl
 
     from espnet.utils.building import (

@@ -14,7 +14,7 @@ from datamodule.options import DEFAULT_LIST
 from espnet.errors import one_line
 from espnet.option_tree import changed, flag, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
-from espnet.utils.options import Options, train_parser
+from espnet.utils.options import Options, hide_gpus, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
 from espnet.utils.run_config import completed, find_vocabulary, resumed_from, save_config
 from espnet.utils.stopwatch import Stopwatch
@@ -84,6 +84,7 @@ def run(options: Options, watch: Stopwatch) -> None:
     Raises:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
     """
+    hide_gpus(options.hardware)
     import pytorch_lightning as pl
 
     from espnet.utils.building import (

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that `--help` and a mistaken option answer at once.
 """
 
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from functools import partial
@@ -194,6 +195,12 @@ class Options:
     search: SearchOptions = branch(SearchOptions)
     scoring: ScoringOptions = branch(ScoringOptions)
     hardware: HardwareOptions = branch(HardwareOptions)
+
+
+def hide_gpus(options: HardwareOptions) -> None:
+    """Makes a run on CPUs see no GPU, whatever asks for one; before torch looks for them."""
+    if options.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def train_parser() -> ArgumentParser:

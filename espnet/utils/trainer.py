@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from espnet.errors import first_line
 from espnet.nets.adaptation import INSTALLED, REQUIREMENTS
+from espnet.nets.pytorch_backend.nets_utils import has_bfloat16
 from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.nets.pytorch_backend.sync_batch_norm import synchronise_batch_norm
 from espnet.utils.options import HardwareOptions
@@ -56,11 +57,7 @@ def hardware_arguments(options: HardwareOptions) -> dict[str, Any]:
         raise ValueError(f"--gpus {options.gpus}, but this machine has {gpus}: use --gpus {gpus}")
     precision = options.precision
     if precision is None:
-        precision = (
-            "bf16-mixed"
-            if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            else "32-true"
-        )
+        precision = "bf16-mixed" if on_gpu and has_bfloat16() else "32-true"
     return {
         "accelerator": "gpu" if on_gpu else "cpu",
         "devices": options.gpus or (gpus if on_gpu else 1),

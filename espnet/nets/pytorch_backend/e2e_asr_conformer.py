@@ -26,7 +26,7 @@ from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.fusion.concat import ConcatFusion
-from espnet.nets.pytorch_backend.nets_utils import FreezableModule, send
+from espnet.nets.pytorch_backend.nets_utils import FreezableModule, has_bfloat16, send
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.resampling import resample, resampled_lengths, resampled_width
 from espnet.nets.pytorch_backend.smoothed_loss import smoothed_loss
@@ -177,8 +177,7 @@ def build_decoder(
 
 def _decoder_dtype(options: DecoderOptions) -> torch.dtype:
     """Precision of a checkpoint's weights: less than float32 only where they are not trained."""
-    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    automatic = options.decoder_dtype == "auto" and options.freeze_decoder and has_bfloat16
+    automatic = options.decoder_dtype == "auto" and options.freeze_decoder and has_bfloat16()
     return torch.bfloat16 if automatic or options.decoder_dtype == "bfloat16" else torch.float32
 
 

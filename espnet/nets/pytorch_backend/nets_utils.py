@@ -1,7 +1,16 @@
-"""Copies to the device, frozen parts, and groups of similar length."""
+"""What the device can do, copies to it, frozen parts, and groups of similar length."""
+
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether there is a GPU that computes in bfloat16 itself, and does not only emulate it."""
+    supported = torch.cuda.is_bf16_supported
+    return torch.cuda.is_available() and supported(including_emulation=False)
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:

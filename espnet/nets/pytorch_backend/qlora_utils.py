@@ -23,6 +23,7 @@ from espnet.errors import first_line
 from espnet.nets.adaptation import INSTALLED, AdaptationOptions, install_command
 from espnet.nets.decoders import DECODERS
 from espnet.nets.encoders import TABLES
+from espnet.nets.pytorch_backend.nets_utils import has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -436,7 +437,8 @@ def _add_hooks(layer: nn.Linear) -> None:
 
 def _choose_compute_type(layer: nn.Linear, inputs: tuple[Tensor]) -> None:
     """A model is often quantised on the CPU and then moved."""
-    layer.compute_dtype = torch.bfloat16 if inputs[0].is_cuda else torch.float32
+    half = inputs[0].is_cuda and has_bfloat16()
+    layer.compute_dtype = torch.bfloat16 if half else torch.float32
     layer.own_bias = None if layer.bias is None else layer.bias.data
 
 
