@@ -17,15 +17,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call took.
+    """What a call took."""
 
-    Attributes:
-        milliseconds: Shortest time of a call.
-        result: What the last call returned.
-    """
-
-    milliseconds: float
-    result: Any
+    milliseconds: float  # shortest time of a call
+    result: Any  # what the last call returned
 
 
 def time_in_turns(
@@ -89,28 +84,20 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Row(TableRow):
-    """A measurement, as a multiple of a reference or as it is.
+    """A measurement, as a multiple of a reference or as it is."""
 
-    Attributes:
-        what: What was measured, and against what.
-        value: What came out.
-        reference: What its reference gives, in the same unit; None: there is none.
-        target: The most that the ratio should be (the least where it is told how much faster),
-            or the most that the value should be where there is no reference; None: there is none.
-        unit: Unit of value and reference; empty if the head of the table tells it.
-        faster: Whether the ratio is how many times faster than the reference it is.
-        rate: Whether values are rates, so that the ratio of times is the reference over the value.
-        notes: More about it.
-    """
-
-    what: str
-    value: float
+    what: str  # what was measured, and against what
+    value: float  # what came out
+    # What its reference gives, in the same unit; None: there is none.
     reference: float | None = None
+    # The most that the ratio should be (the least where it is told how much faster), or the most
+    # that the value should be where there is no reference; None: there is none.
     target: float | None = None
-    unit: str = ""
-    faster: bool = False
+    unit: str = ""  # unit of value and reference; empty if the head of the table tells it
+    faster: bool = False  # whether the ratio is how many times faster than the reference it is
+    # Whether values are rates, so that the ratio of times is the reference over the value.
     rate: bool = False
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # more about it
 
     @property
     def ratio(self) -> float | None:

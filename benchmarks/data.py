@@ -61,23 +61,14 @@ LIST_FILE = "train.csv"
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        rows: Rows of the long list.
-        files: Files that are looked for.
-        touched: Rows of the long list that a worker reads.
-        batches: Batches of clips.
-        sentences: Training sentences of a corpus that is made.
-        repeats: Rounds of timing.
-    """
-
-    rows: int = 1_000_000
-    files: int = 100_000
-    touched: int = 20_000
-    batches: int = 4
-    sentences: int = 60
-    repeats: int = 5
+    rows: int = 1_000_000  # rows of the long list
+    files: int = 100_000  # files that are looked for
+    touched: int = 20_000  # rows of the long list that a worker reads
+    batches: int = 4  # batches of clips
+    sentences: int = 60  # training sentences of a corpus that is made
+    repeats: int = 5  # rounds of timing
 
 
 WORK = Work()

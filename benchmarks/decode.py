@@ -69,17 +69,11 @@ Search = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        steps: Steps that a search takes after its first one.
-        llama_layers: Layers of LLaMA.
-        repeats: Rounds of timing.
-    """
-
-    steps: int
-    llama_layers: int
-    repeats: int
+    steps: int  # steps that a search takes after its first one
+    llama_layers: int  # layers of LLaMA
+    repeats: int  # rounds of timing
 
 
 WORK = {

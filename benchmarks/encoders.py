@@ -40,19 +40,12 @@ RAGGED_FRAMES = (100, 92, 80, 68, 60, 48, 36, 28)  # of 1/25 s: 1.1 to 4 s, 20.5
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        utterances: Short utterances that Whisper encodes at once.
-        images: Frames that are encoded at two sizes.
-        frame_step: Videos of the ragged batch have one in so many of its frames.
-        repeats: How often each alternative is timed.
-    """
-
-    utterances: int
-    images: int
-    frame_step: int
-    repeats: int
+    utterances: int  # short utterances that Whisper encodes at once
+    images: int  # frames that are encoded at two sizes
+    frame_step: int  # videos of the ragged batch have one in so many of its frames
+    repeats: int  # how often each alternative is timed
 
 
 WORK = {

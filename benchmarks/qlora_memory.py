@@ -75,23 +75,14 @@ FRAMES = {  # of the utterances of a batch
 
 @dataclass(frozen=True)
 class WeightRow(common.TableRow):
-    """A part's bytes in 4 bits and in bfloat16.
+    """A part's bytes in 4 bits and in bfloat16."""
 
-    Attributes:
-        part: Its name.
-        linear: Bytes of its linear layers but the output layer, in 4 bits.
-        linear_bfloat16: The same in bfloat16.
-        whole: Bytes of all of it, after its linear layers went into 4 bits.
-        whole_bfloat16: The same in bfloat16.
-        left_alone: Bytes of what is not in 4 bits, by kind.
-    """
-
-    part: str
-    linear: int
-    linear_bfloat16: int
-    whole: int
-    whole_bfloat16: int
-    left_alone: dict[str, int]
+    part: str  # its name
+    linear: int  # bytes of its linear layers but the output layer, in 4 bits
+    linear_bfloat16: int  # the same in bfloat16
+    whole: int  # bytes of all of it, after its linear layers went into 4 bits
+    whole_bfloat16: int  # the same in bfloat16
+    left_alone: dict[str, int]  # bytes of what is not in 4 bits, by kind
 
     @property
     def ratio(self) -> float:
@@ -198,60 +189,36 @@ def random_llama(config: LlamaConfig) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Case:
-    """A recogniser that is trained in several ways.
+    """A recogniser that is trained in several ways."""
 
-    Attributes:
-        title: What it is.
-        encoders: Names of the pretrained encoders.
-        llama: The decoder's checkpoint.
-        ways: Options of `E2E` by the name of the way of training that they make, or why it is left
-            out.
-        target: Most bytes of QLoRA's peak; None for no target.
-    """
-
-    title: str
-    encoders: tuple[str, ...]
-    llama: checkpoints.Checkpoint
+    title: str  # what it is
+    encoders: tuple[str, ...]  # names of the pretrained encoders
+    llama: checkpoints.Checkpoint  # the decoder's checkpoint
+    # Options of `E2E` by the name of the way of training that they make, or why it is left out.
     ways: Mapping[str, Mapping[str, Any] | str]
-    target: float | None = None
+    target: float | None = None  # most bytes of QLoRA's peak; None for no target
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What training took, in bytes.
+    """What training took, in bytes."""
 
-    Attributes:
-        trained: Number of trained parameters.
-        total: Number of all parameters.
-        weights: All parameters.
-        before: What the process had before the model was built.
-        loading: Peak while the model was built and moved to the device.
-        steps: Peak of the steps.
-    """
-
-    trained: int
-    total: int
-    weights: int
-    before: int
-    loading: int
-    steps: int
+    trained: int  # number of trained parameters
+    total: int  # number of all parameters, frozen ones too
+    weights: int  # bytes of all parameters
+    before: int  # what the process had before the model was built
+    loading: int  # peak while the model was built and moved to the device
+    steps: int  # peak of the steps
 
 
 @dataclass(frozen=True)
 class StepRow(common.TableRow):
-    """A row of the second table.
+    """A row of the second table."""
 
-    Attributes:
-        case: The recogniser.
-        way: Of training.
-        memory: What it took, or why that is not known.
-        target: Most bytes of the peak; None for no target.
-    """
-
-    case: str
-    way: str
-    memory: StepMemory | str
-    target: float | None = None
+    case: str  # the recogniser
+    way: str  # name of the way of training
+    memory: StepMemory | str  # what it took, or why that is not known
+    target: float | None = None  # most bytes of the peak; None for no target
 
     def cells(self) -> list[str]:
         """What its columns hold."""

@@ -51,22 +51,14 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        elayers: Conformer blocks.
-        repeats: Rounds of timing.
-        frames: Video frames of each utterance.
-        crop: Height and width of the video.
-        odim: Vocabulary.
-        sizes: Further sizes of the model; those that are not given are auto_avsr's.
-    """
-
-    elayers: int
-    repeats: int
-    frames: tuple[int, ...] = (160, 143, 126, 109, 91, 74, 57, 40)
-    crop: int = CROP
-    odim: int = 5049
+    elayers: int  # Conformer blocks
+    repeats: int  # rounds of timing
+    frames: tuple[int, ...] = (160, 143, 126, 109, 91, 74, 57, 40)  # video frames of each utterance
+    crop: int = CROP  # height and width of the video
+    odim: int = 5049  # vocabulary
+    # Further sizes of the model; those that are not given are auto_avsr's.
     sizes: dict[str, int | float] = field(default_factory=dict)
 
     @property

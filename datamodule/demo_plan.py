@@ -48,21 +48,13 @@ RATES = (160, 195)  # words per minute
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker and all that he or she says, in order.
+    """A speaker and all that he or she says, in order."""
 
-    Attributes:
-        name: Unique, such as "s01".
-        split: "train", "val" or "test".
-        voice: How the speaker sounds.
-        seed: Seeds of everything else that is drawn for the speaker.
-        sentences: Transcripts, lower case.
-    """
-
-    name: str
-    split: str
-    voice: Voice
-    seed: tuple[int, ...]
-    sentences: tuple[str, ...]
+    name: str  # unique, such as "s01"
+    split: str  # "train", "val" or "test"
+    voice: Voice  # how the speaker sounds
+    seed: tuple[int, ...]  # seeds of everything else that is drawn for the speaker
+    sentences: tuple[str, ...]  # transcripts, lower case
 
     def utterance_names(self) -> list[str]:
         """Name the speaker's sentences, in order: paths below the dataset without an ending."""

@@ -20,25 +20,16 @@ WOBBLE_RATE_HZ = 2.0
 
 
 class Shape(NamedTuple):
-    """What is seen of a mouth.
+    """What is seen of a mouth."""
 
-    Attributes:
-        opening: Height of the opening, 0 closed to 1 wide; negative presses the lips together.
-        width: -1 narrow to 1 spread.
-        rounding: 0 flat to 1 pursed.
-        press: 0 full lips to 1 rolled in.
-        tuck: 0 free to 1 lower lip under the upper teeth.
-        teeth: 0 hidden to 1 upper teeth shown.
-        tongue: 0 low to 1 tip between the teeth.
-    """
-
+    # Height of the opening, 0 closed to 1 wide; negative presses the lips together.
     opening: float = 0.0
-    width: float = 0.0
-    rounding: float = 0.0
-    press: float = 0.0
-    tuck: float = 0.0
-    teeth: float = 0.0
-    tongue: float = 0.0
+    width: float = 0.0  # -1 narrow to 1 spread
+    rounding: float = 0.0  # 0 flat to 1 pursed
+    press: float = 0.0  # 0 full lips to 1 rolled in
+    tuck: float = 0.0  # 0 free to 1 lower lip under the upper teeth
+    teeth: float = 0.0  # 0 hidden to 1 upper teeth shown
+    tongue: float = 0.0  # 0 low to 1 tip between the teeth
 
 
 class Viseme(NamedTuple):

@@ -20,32 +20,20 @@ from espnet.utils.text_normalization import normalizer
 
 @dataclass(frozen=True)
 class Decoded:
-    """The transcript that the search found for one utterance.
+    """The transcript that the search found for one utterance."""
 
-    Attributes:
-        index: Row of the utterance in its label list.
-        hypothesis: Text; empty if the search found nothing.
-        score: Log-score of the hypothesis, None if the search found nothing.
-        seconds: Time that decoding took, shared out over the utterances of the batch.
-    """
-
-    index: int
-    hypothesis: str
-    score: float | None
-    seconds: float
+    index: int  # row of the utterance in its label list
+    hypothesis: str  # text; empty if the search found nothing
+    score: float | None  # log-score of the hypothesis, None if the search found nothing
+    seconds: float  # time that decoding took, shared out over the utterances of the batch
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the model is given.
+    """What the model is given."""
 
-    Attributes:
-        modality: `audio`, `video` or `audiovisual`.
-        snr: Signal-to-noise ratio of the audio in dB; `CLEAN_SNR` is clean.
-    """
-
-    modality: str
-    snr: float = CLEAN_SNR
+    modality: str  # `audio`, `video` or `audiovisual`
+    snr: float = CLEAN_SNR  # signal-to-noise ratio of the audio in dB; `CLEAN_SNR` is clean
 
     @property
     def name(self) -> str:
@@ -56,19 +44,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors of a set of hypotheses, in words or in characters.
+    """Errors of a set of hypotheses, in words or in characters."""
 
-    Attributes:
-        substitutions: Tokens replaced.
-        deletions: Tokens left out.
-        insertions: Tokens too many.
-        reference: Tokens of the references.
-    """
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
+    substitutions: int  # tokens replaced
+    deletions: int  # tokens left out
+    insertions: int  # tokens too many
+    reference: int  # tokens of the references
 
     @property
     def rate(self) -> float:
