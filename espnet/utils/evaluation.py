@@ -58,15 +58,7 @@ class ErrorCounts:
 
 
 def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCounts, ErrorCounts]:
-    """Counts word and character errors, ignoring case as auto_avsr does.
-
-    Args:
-        references: What was said, no text empty.
-        hypotheses: What was found; may be empty.
-
-    Returns:
-        Word and character errors.
-    """
+    """Counts errors in words and in characters, ignoring case as auto_avsr does."""
     references = [text.lower() for text in references]
     hypotheses = [text.lower() for text in hypotheses]
     counts = []
@@ -86,9 +78,7 @@ def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCou
 class ConditionLoaders(pl.LightningDataModule):
     """One loader of the test list for each condition, made once the processes are running.
 
-    Args:
-        conditions: What to give the model.
-        data: For each of their modalities the data module that reads it.
+    Each modality of the conditions has a data module that reads it.
     """
 
     def __init__(self, conditions: Sequence[Condition], data: Mapping[str, DataModule]) -> None:
@@ -107,29 +97,14 @@ class ConditionLoaders(pl.LightningDataModule):
 
 
 def conditions_of(modality: str, snrs: Sequence[float]) -> list[Condition]:
-    """One modality at every noise level; video, which has no noise, once.
-
-    Args:
-        modality: `audio`, `video` or `audiovisual`.
-        snrs: In dB.
-
-    Returns:
-        Conditions.
-    """
+    """One modality at every noise level in dB; video, which has no noise, once."""
     if modality == "video":
         return [Condition(modality)]
     return [Condition(modality, snr) for snr in snrs]
 
 
 def all_conditions(snrs: Sequence[float]) -> list[Condition]:
-    """Every modality at every noise level.
-
-    Args:
-        snrs: In dB.
-
-    Returns:
-        Conditions.
-    """
+    """Every modality at every noise level in dB."""
     modalities = ("audio", "video", "audiovisual")
     return [condition for m in modalities for condition in conditions_of(m, snrs)]
 
@@ -189,14 +164,9 @@ def write_condition(
     output_dir: Path,
     normalize: str = "none",
 ) -> dict:
-    """Writes the hypotheses of a condition and sums up its errors.
+    """Writes the hypotheses of all utterances under a condition and sums up their errors.
 
-    Args:
-        decoded: Results of all utterances.
-        dataset: The test list.
-        condition: What the model was given.
-        output_dir: Folder.
-        normalize: What text goes through before errors are counted; the file has it as it was.
+    Texts are normalised before errors are counted; the file has them as they were.
 
     Returns:
         Summary: condition, normaliser, error rates and counts, real-time factor.

@@ -6,7 +6,7 @@ NORMALIZERS = ("none", "basic", "whisper")
 
 
 def normalizer(name: str) -> Callable[[str], str]:
-    """Looks up a normaliser of text.
+    """Looks up a normaliser of text by its name.
 
     - `none` leaves text as it is.
     - `basic` is that of the Whisper paper for all languages: lower case, no punctuation and no
@@ -14,9 +14,6 @@ def normalizer(name: str) -> Callable[[str], str]:
     - `whisper` is that for English: moreover, contractions and titles are written out, numbers are
       written in digits, fillers and diacritics are left out. British spelling is kept: the list
       of spellings comes with the checkpoints of Whisper, not with transformers.
-
-    Args:
-        name: `none`, `basic` or `whisper`.
 
     Returns:
         A function of the text, which leaves no space around it unless it is `none`.
@@ -42,11 +39,7 @@ def _unchanged(text: str) -> str:
 
 
 class _Stripped:
-    """Cuts off the space that normalisers leave where punctuation was; pickles, unlike a lambda.
-
-    Args:
-        normalize: The normaliser.
-    """
+    """Cuts off the space that normalisers leave where punctuation was; pickles, unlike a lambda."""
 
     def __init__(self, normalize: Callable[[str], str]) -> None:
         self.normalize = normalize
