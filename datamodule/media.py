@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -62,20 +64,13 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 
     frames, studio_range, times = [], [], []  # times: when each frame is shown, in seconds
     reformatter = VideoReformatter()
-    try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
-                raise MediaError(path, "no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            rate = float(stream.average_rate or VIDEO_RATE)
-            for frame in container.decode(stream):
-                picture, is_studio_range = _grey(frame, reformatter)
-                frames.append(picture)
-                studio_range.append(is_studio_range)
-                times.append(len(times) / rate if frame.time is None else frame.time)
-    except (av.error.FFmpegError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _first_stream(path, "video") as stream:
+        rate = float(stream.average_rate or VIDEO_RATE)
+        for frame in stream.container.decode(stream):
+            picture, is_studio_range = _grey(frame, reformatter)
+            frames.append(picture)
+            studio_range.append(is_studio_range)
+            times.append(len(times) / rate if frame.time is None else frame.time)
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
     if any(frame.shape != frames[0].shape for frame in frames):
@@ -182,6 +177,26 @@ def write_audio(
         raise MediaError(path, f"cannot write ({error})") from error
 
 
+@contextmanager
+def _first_stream(path: str | os.PathLike[str], kind: str) -> Iterator[av.stream.Stream]:
+    """Open the first video or audio stream of a file, to be decoded on one thread."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            streams = getattr(container.streams, kind)
+            if not streams:
+                raise MediaError(path, f"no {kind} stream")
+            streams[0].codec_context.thread_count = 1
+            yield streams[0]
+    except (av.error.FFmpegError, OSError) as error:
+        if not os.path.exists(path):
+            cause = "no such file"
+        elif os.path.isfile(path) and os.path.getsize(path) == 0:
+            cause = "the file is empty"
+        else:
+            cause = f"cannot be decoded ({getattr(error, 'strerror', None) or error})"
+        raise MediaError(path, cause) from error
+
+
 def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
     """Read 16-bit mono wav at 16 kHz without FFmpeg, a hundred times faster; None if it is not."""
     try:
@@ -197,19 +212,12 @@ def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
 def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode with FFmpeg to mono at 16 kHz: float32 (S,)."""
     chunks = []
-    try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.audio:
-                raise MediaError(path, "no audio stream")
-            stream = container.streams.audio[0]
-            stream.codec_context.thread_count = 1
-            resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
-            for frame in container.decode(stream):
-                chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
-            if chunks:
-                chunks.extend(part.to_ndarray() for part in resampler.resample(None))
-    except (av.error.FFmpegError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _first_stream(path, "audio") as stream:
+        resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
+        for frame in stream.container.decode(stream):
+            chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
+        if chunks:
+            chunks.extend(part.to_ndarray() for part in resampler.resample(None))
     if not chunks:
         return np.zeros(0, np.float32)
     return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
@@ -258,11 +266,3 @@ def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
     num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))
     ticks = np.arange(num_frames) / VIDEO_RATE
     return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> MediaError:
-    if not os.path.exists(path):
-        return MediaError(path, "no such file")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return MediaError(path, "the file is empty")
-    return MediaError(path, f"cannot be decoded ({getattr(error, 'strerror', None) or error})")

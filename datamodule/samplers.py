@@ -56,7 +56,11 @@ class LengthBucketBatchSampler(Sampler[Batch]):
                 f"got {len(lengths)} training utterances for {world_size} processes, expected at "
                 "least one for each; train on fewer devices or on more data"
             )
-        _check_longest(lengths, max_frames)
+        if lengths.max() > max_frames:
+            raise ValueError(
+                f"got an utterance of {lengths.max()} frames, expected at most {max_frames}; raise "
+                "--max-frames or remove it"
+            )
         order = np.argsort(lengths, kind="stable")
         self._indices, lengths = indices[order], lengths[order]
         self._buckets = _assign_buckets(lengths, max_frames, num_buckets)
@@ -161,14 +165,6 @@ class LongestFirstBatchSampler(Sampler[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
-
-
-def _check_longest(lengths: np.ndarray, max_frames: int) -> None:
-    if len(lengths) and lengths.max() > max_frames:
-        raise ValueError(
-            f"got an utterance of {lengths.max()} frames, expected at most {max_frames}; raise "
-            "--max-frames or remove it"
-        )
 
 
 def _assign_buckets(lengths: np.ndarray, max_frames: int, num_buckets: int) -> np.ndarray:

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MODEL_TYPES = ("unigram", "bpe")
-UNKNOWN_PIECE = "<unk>"
-CONTROL_PIECES = ("<s>", "</s>")  # the units file has no line for them
 TEXT_FIELD = 3  # of a label list's row, counted from 0
 # A seed piece's count before the first pass; characters count as they occur. With a low one the
 # characters win, and training drops the seed.
@@ -51,6 +49,8 @@ def train_tokenizer(
     """
     import sentencepiece
 
+    from datamodule.text_transform import output_pieces
+
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
     if seed_pieces is not None and model_type != "unigram":
@@ -84,7 +84,8 @@ def train_tokenizer(
             raise ValueError(f"cannot train with a vocabulary of {vocab_size}: {cause}") from error
         finally:
             os.chdir(here)
-    units = _units(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    pieces = output_pieces(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    units = {piece: number for number, piece in enumerate(pieces, start=1)}
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{prefix}.model").write_bytes(model.getvalue())
@@ -174,13 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{options.output}.model and {options.output}_units.txt: {len(units)} units")
     return 0
-
-
-def _units(processor: object) -> dict[str, int]:
-    """Number the pieces of a SentencePieceProcessor from 1, in the model's order."""
-    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    kept = [piece for piece in pieces if piece not in (UNKNOWN_PIECE, *CONTROL_PIECES)]
-    return {piece: number for number, piece in enumerate([UNKNOWN_PIECE, *kept], start=1)}
 
 
 def _numbered_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
