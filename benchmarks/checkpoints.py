@@ -125,10 +125,7 @@ def whisper() -> Checkpoint:
 def llama(conditioning: str, layers: int = LLAMA_LAYERS) -> Checkpoint:
     """Describes a LLaMA in the shape of meta-llama/Llama-3.2-1B.
 
-    Args:
-        conditioning: `cross-attention`, where the prompt is BOS, or `prefix`, where an instruction
-            of some tokens follows it.
-        layers: Number of layers.
+    With `cross-attention` the prompt is BOS, with `prefix` an instruction of some tokens follows.
     """
     config = _llama_config(
         hidden_size=2048,

@@ -28,12 +28,8 @@ def time_in_turns(
 ) -> list[Timing]:
     """Calls functions in turns, so that what else the machine does meets them alike.
 
-    The first round also warms up; the best of at least two rounds leaves that out.
-
-    Args:
-        functions: What is to be timed.
-        device: Where they compute; a GPU is waited for.
-        repeats: Rounds, at least 1.
+    The first round also warms up; the best of at least two rounds leaves that out. A GPU is waited
+    for.
 
     Returns:
         A timing of each function, with the best of its times.
@@ -66,11 +62,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class TableRow:
-    """A row of a table in Markdown.
-
-    Attributes:
-        notes: What is printed after the table, a sentence each.
-    """
+    """A row of a table in Markdown; its notes are printed after the table, a sentence each."""
 
     notes: Sequence[str] = ()
 

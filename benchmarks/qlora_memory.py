@@ -2,26 +2,24 @@
 
 `python benchmarks/qlora_memory.py [--device cpu|cuda]`, in the repository's root, prints two
 tables; three minutes on two CPU cores. If these have other work too, set OMP_NUM_THREADS=1.
-`--table weights` and `--table steps` print one table, `--llama 1b` and `8b` some of its rows.
 All weights are random, in the shapes of published checkpoints.
 
 The first table is for the parts that can be in 4 bits. All of a part is in bfloat16 before
 `quantize_4bit`, and what that leaves alone is so afterwards. The ratio with a target is that of
 the linear layers but the output layer: one that stayed in bfloat16 would count against it.
 
-The second table is for whole recognisers. They load checkpoints from a temporary folder as they
-would load published ones, LLaMA's in bfloat16, and take two steps on noise of different lengths,
-padded: forward, backward and AdamW, which has its moments in the second step. Each way of
-training has a process of its own. On a CPU, its memory is what Linux counts as resident, in which
-mapped files of weights are included, and training is in float32; on a GPU, memory is that of
-PyTorch's tensors, and training is in bfloat16 by autocast. LLaMA gets the memory as a prefix: the
-gated blocks of cross-attention would be 1.4 billion further trained parameters for 8B.
+The second table is for whole recognisers. They load checkpoints from a temporary folder, LLaMA's
+in bfloat16, and take two steps on noise of different lengths, padded: forward, backward and AdamW,
+which has its moments in the second step. Each way of training has a process of its own. On a CPU,
+its memory is what Linux counts as resident, mapped files of weights included, and training is in
+float32; on a GPU, it is that of PyTorch's tensors, and training is in bfloat16 by autocast. LLaMA
+gets the memory as a prefix: the gated blocks of cross-attention would be 1.4 billion further
+trained parameters for 8B.
 
 On a CPU, LLaMA has 4 of the 16 layers of Llama-3.2-1B. On a GPU, it has all, and the shape of
 Llama-3.1-8B follows, which takes 17 GB in the temporary folder (TMPDIR) and in the host's memory.
-There, video goes through CLIP 32 frames at a time (`--vision-chunk-frames`), not 128: the
-activations of such a chunk, which its backward pass computes again, would take most of what
-training takes beside the weights.
+There, video goes through CLIP 32 frames at a time, not 128: the activations of such a chunk, which
+its backward pass computes again, would take most of what training takes beside the weights.
 """
 
 import sys

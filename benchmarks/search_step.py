@@ -78,13 +78,7 @@ WORK = {
 
 
 class SearchBenchmark:
-    """A decoder, a CTC layer and searches with them.
-
-    Args:
-        size: Shape of the decoder.
-        beam_size: Hypotheses K.
-        device: Where to compute.
-    """
+    """A decoder, a CTC layer and searches with them for K hypotheses."""
 
     def __init__(self, size: Size, beam_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -130,10 +124,8 @@ class SearchBenchmark:
     def products(self, rows: int, frames: int, lengths: Iterable[int]) -> Callable[[], None]:
         """The matrix products of some steps, and nothing else.
 
-        Args:
-            rows: Hypotheses N, of one utterance as far as its memory is concerned.
-            frames: Frames T of the memory.
-            lengths: Tokens that each step attends to.
+        Rows are hypotheses N, of one utterance as far as its memory of T frames is concerned;
+        lengths are the tokens that each step attends to.
         """
         size = self.size
         random = partial(torch.randn, device=self.device)

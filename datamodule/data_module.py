@@ -142,11 +142,7 @@ class DataModule(pl.LightningDataModule):
         )
 
     def test_dataloader(self, snr_target: float | None = None) -> ClipLoader:
-        """Make the loader of test batches.
-
-        Args:
-            snr_target: One of `snr_targets`; None: the first.
-        """
+        """Make the loader of test batches at one of `snr_targets`; None: the first."""
         dataset = self.test_datasets[self.snr_targets[0] if snr_target is None else snr_target]
         return self._evaluation_loader(
             dataset, self.options.decode_max_frames, persistent_workers=False

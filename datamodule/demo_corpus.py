@@ -110,11 +110,7 @@ def make_demo_corpus(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when the corpus is there.
-
-    Args:
-        arguments: The command line without the program's name; `sys.argv` if None.
-    """
+    """Run the command line; 0 when the corpus is there."""
     parser = argparse.ArgumentParser(
         prog="python -m datamodule.demo_corpus",
         description="Make the demo corpus, or complete or keep the one that is in the folder.",

@@ -49,11 +49,7 @@ class Face:
 
 
 def draw_face(random: np.random.Generator) -> Face:
-    """Draw the face of a speaker.
-
-    Args:
-        random: Source of all that differs between speakers.
-    """
+    """Draw the face of a speaker."""
     darkness = random.uniform() ** 1.3
     redness = random.uniform(0.55, 1.0)
     skin = SKIN_COLOURS[0] + darkness * (SKIN_COLOURS[1] - SKIN_COLOURS[0])
@@ -92,12 +88,12 @@ class _Curves:
 
 
 def render(face: Face, track: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Draw all frames of an utterance.
+    """Draw all frames of an utterance; head motion and sensor noise are random.
 
     Args:
         face: The speaker.
         track: Shape of the mouth, float32 (T, F), the fields of `Shape` in order.
-        random: Source of head motion and sensor noise.
+        random: Source of what is random.
 
     Returns:
         uint8 (T, H, W, 3), red, green, blue.

@@ -63,13 +63,9 @@ class Speaker:
 
 
 def draw_speakers(counts: dict[str, int], seed: int) -> list[Speaker]:
-    """Draw the speakers of all splits with their sentences.
+    """Draw the speakers with their sentences, as many as `counts` has for each split.
 
     No sentence occurs twice, and no two speakers share both accent and voice variant.
-
-    Args:
-        counts: Number of sentences of each split.
-        seed: Seed of the corpus.
 
     Raises:
         ValueError: A count is below 1, or the grammar has not enough sentences.
@@ -103,11 +99,7 @@ def draw_speakers(counts: dict[str, int], seed: int) -> list[Speaker]:
 
 
 def spoken_text(sentence: str) -> str:
-    """Write a sentence so that espeak-ng spells its letter instead of taking it for a word.
-
-    Args:
-        sentence: A transcript, lower case.
-    """
+    """Write a sentence so that espeak-ng spells its letter instead of taking it for a word."""
     words = [word.upper() if word in LETTERS else word for word in sentence.split()]
     return " ".join("[[eI]]" if word == "A" else word for word in words)
 

@@ -127,10 +127,7 @@ class Synthesizer:
         self._library.espeak_SetSynthCallback(self._callback)
 
     def set_voice(self, voice: Voice) -> None:
-        """Choose accent and variant, pitch, range and rate.
-
-        Args:
-            voice: The voice to speak with from now on.
+        """Choose accent and variant, pitch, range and rate from now on.
 
         Raises:
             ValueError: espeak-ng has no such accent or variant.

@@ -82,11 +82,10 @@ PHONEME_VISEMES = {name: visemes for names, visemes in _GROUPS for name in names
 
 
 def visemes_of(phoneme: str) -> tuple[Viseme, ...]:
-    """Look up what is seen of a phoneme.
+    """Look up what is seen of a phoneme, a mnemonic without stress marks.
 
-    Args:
-        phoneme: A mnemonic without stress marks. One that is not in the table is taken for the
-            longest one there with which it begins (`aI2` for `aI`, `i:` for `i`).
+    One that is not in the table is taken for the longest one there with which it begins (`aI2` for
+    `aI`, `i:` for `i`).
 
     Returns:
         One viseme, or two in order; a neutral mouth where nothing fits.
@@ -142,12 +141,9 @@ def shape_track(
 
 
 def smooth_noise(num_frames: int, rate_hz: float, random: np.random.Generator) -> np.ndarray:
-    """Draw a slow random course: float64 (T,) of mean 0 and variance 1, three sines up to a rate.
+    """Draw a slow random course: float64 (T,) of mean 0 and variance 1, at 25 frames per second.
 
-    Args:
-        num_frames: Number of frames T, at 25 per second.
-        rate_hz: The highest frequency.
-        random: Source of frequencies and phases.
+    It is the sum of three sines of frequencies up to `rate_hz`.
     """
     times = np.arange(num_frames) / VIDEO_RATE
     frequencies = random.uniform(0.2, 1.0, 3) * rate_hz

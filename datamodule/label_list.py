@@ -149,12 +149,7 @@ class LabelList:
     def _parse(
         self, begin: int, end: int, num_lines: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Parse whole lines.
-
-        Args:
-            begin: First byte of the lines.
-            end: First byte after the lines.
-            num_lines: How many lines there are before them.
+        """Parse the whole lines in the bytes [begin, end), which follow `num_lines` others.
 
         Returns:
             For each row that is not blank: its start, its first three commas and its end (N, 5);

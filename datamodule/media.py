@@ -50,12 +50,11 @@ def find_audio(video_path: str) -> str:
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first video stream of a file to grey frames at 25 per second.
 
-    Args:
-        path: A file of any container and codec that FFmpeg knows.
+    Any container and codec that FFmpeg knows will do. At another rate than 25 fps each output frame
+    is the source frame nearest in time.
 
     Returns:
-        uint8 (T, H, W), 0 black to 255 white. At another rate than 25 fps each output frame is the
-        source frame nearest in time.
+        uint8 (T, H, W), 0 black to 255 white.
 
     Raises:
         MediaError: The file is missing or unreadable, or has no video stream or no frame.
@@ -87,9 +86,6 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 
 def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first audio stream of a file to mono at 16 kHz; several channels are averaged.
-
-    Args:
-        path: An audio file, or a video file with a sound track.
 
     Returns:
         float32 (S,) in [-1, 1].
@@ -154,12 +150,9 @@ def write_video(
 def write_audio(
     path: str | os.PathLike[str], samples: np.ndarray, *, rate: int = AUDIO_RATE
 ) -> None:
-    """Write mono samples as 16-bit PCM wav; equal samples give equal bytes.
+    """Write mono samples, float (S,), as 16-bit PCM wav; equal samples give equal bytes.
 
-    Args:
-        path: The file to write.
-        samples: Float (S,) in [-1, 1]; what lies outside is clipped.
-        rate: Samples per second.
+    What lies outside of [-1, 1] is clipped; the rate is in samples per second.
 
     Raises:
         MediaError: The samples have another shape or are not finite, or the file cannot be written.
@@ -253,14 +246,10 @@ def _stretch_range(pictures: np.ndarray) -> None:
 
 
 def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
-    """Choose the frame nearest to each tick of the 25 fps clock.
+    """Choose the frame nearest to each tick of 1/25 s: indices (T,), at least one.
 
-    Args:
-        times: Time stamps in seconds, ascending (T_in,).
-        last_duration: How long the last frame is shown, in seconds.
-
-    Returns:
-        Indices into the frames (T,), as many as ticks fit into the duration, at least one.
+    Time stamps (T_in,) ascend; they and the time that the last frame is shown are in seconds. There
+    are as many ticks as fit into the duration.
     """
     times = times - times[0]
     num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))

@@ -81,22 +81,16 @@ class LengthBucketBatchSampler(Sampler[Batch]):
         return self
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate over next.
-
-        Args:
-            epoch: Epochs count from 0.
-            start_batch: How many of the epoch's batches to leave out, to go on in its middle.
-        """
+        """Choose the next epoch, counted from 0, and how many of its batches to leave out."""
         self.epoch = epoch
         self.start_batch = start_batch
 
     def largest_batches(self) -> list[Batch]:
         """Return the batches that need the most memory, as the least lucky draw would fill them.
 
-        Returns:
-            This process's batch of the step in which one has the most frames, padding included,
-            and, if that is another step, of the one in which frames times the longest utterance
-            are most: attention takes memory for these.
+        They are this process's batch of the step in which one has the most frames, padding
+        included, and, if that is another step, of the one in which frames times the longest
+        utterance are most: attention takes memory for these.
         """
         begins, ends = self._cuts.T
         longest = self._longest[np.maximum(ends - 1, 0)]

@@ -95,13 +95,7 @@ def train_tokenizer(
 
 
 def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Read text files with one sentence a line.
-
-    Args:
-        paths: UTF-8 text files.
-
-    Returns:
-        The lines that are not blank.
+    """Read the lines that are not blank of UTF-8 text files with one sentence a line.
 
     Raises:
         ValueError: A file cannot be read or is not UTF-8.
@@ -111,12 +105,6 @@ def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Read the text of label lists, rows of `dataset,relative/path.mp4,number of frames,text`.
-
-    Args:
-        paths: Label lists whose last field is plain text, which may contain commas.
-
-    Returns:
-        The texts, in order.
 
     Raises:
         ValueError: A file cannot be read or is not UTF-8, a row has too few fields, or the last
@@ -143,11 +131,7 @@ def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when the files are written.
-
-    Args:
-        arguments: The command line without the program's name; `sys.argv` if None.
-    """
+    """Run the command line; 0 when the files are written."""
     parser = argparse.ArgumentParser(
         prog="python -m datamodule.train_tokenizer",
         description="Train a SentencePiece model; writes PREFIX.model and PREFIX_units.txt.",
