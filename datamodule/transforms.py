@@ -151,8 +151,8 @@ def draw_time_mask(
     draws = torch.rand(2, num_seconds, generator=generator).numpy()
     sizes = np.floor(draws[0] * (longest + 1))
     starts = np.floor(draws[1] * (spans - sizes + 1))
-    clock = np.arange(rate, dtype=np.float32)  # NumPy takes a third of torch's time for all this.
-    masked = (clock >= starts[:, None]) & (clock < (starts + sizes)[:, None])  # (seconds, rate)
+    places = np.arange(rate, dtype=np.float32)  # NumPy takes a third of torch's time for all this.
+    masked = (places >= starts[:, None]) & (places < (starts + sizes)[:, None])  # (seconds, rate)
     return torch.from_numpy(masked.ravel()[:length])
 
 

@@ -61,18 +61,15 @@ def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCou
     """Counts errors in words and in characters, ignoring case as auto_avsr does."""
     references = [text.lower() for text in references]
     hypotheses = [text.lower() for text in hypotheses]
-    counts = []
-    for process in (jiwer.process_words, jiwer.process_characters):
-        found = process(references, hypotheses)
-        counts.append(
-            ErrorCounts(
-                found.substitutions,
-                found.deletions,
-                found.insertions,
-                found.substitutions + found.deletions + found.hits,
-            )
-        )
-    return counts[0], counts[1]
+    words = jiwer.process_words(references, hypotheses)
+    characters = jiwer.process_characters(references, hypotheses)
+    return _error_counts(words), _error_counts(characters)
+
+
+def _error_counts(found: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorCounts:
+    substitutions, deletions = found.substitutions, found.deletions
+    reference = substitutions + deletions + found.hits
+    return ErrorCounts(substitutions, deletions, found.insertions, reference)
 
 
 class ConditionLoaders(pl.LightningDataModule):

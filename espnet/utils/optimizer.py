@@ -28,7 +28,10 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             adapted = name.startswith(prefixes) or ".lora_" in name
-            groups.setdefault((adapted, not _decays(name, parameter)), []).append(parameter)
+            decays = (
+                name.endswith(".weight") and parameter.ndim > 1
+            )  # Those of norms have one axis.
+            groups.setdefault((adapted, not decays), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -55,8 +58,3 @@ def build_optimizer(
     elif name == "adamw8bit":
         return load_package("bitsandbytes").optim.AdamW8bit(groups, betas=BETAS)
     raise ValueError(f"optimizer {name!r} is unknown: choose adamw or adamw8bit")
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the matrix of a layer; those of norms have a single axis."""
-    return name.endswith(".weight") and parameter.ndim > 1

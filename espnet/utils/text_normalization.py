@@ -1,6 +1,7 @@
 """Normalisers that make reference and hypothesis alike before word errors are counted."""
 
 from collections.abc import Callable
+from functools import partial
 
 NORMALIZERS = ("none", "basic", "whisper")
 
@@ -24,25 +25,17 @@ def normalizer(name: str) -> Callable[[str], str]:
     if name not in NORMALIZERS:
         raise ValueError(f"got normalizer {name!r}, expected one of {', '.join(NORMALIZERS)}")
     if name == "none":
-        return _unchanged
+        return str
     # Imported here, so that evaluation without normalisation does without transformers.
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
         EnglishTextNormalizer,
     )
 
-    return _Stripped(BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({}))
+    normalize = BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({})
+    return partial(_stripped, normalize)  # It pickles, unlike a lambda.
 
 
-def _unchanged(text: str) -> str:
-    return text
-
-
-class _Stripped:
-    """Cuts off the space that normalisers leave where punctuation was; pickles, unlike a lambda."""
-
-    def __init__(self, normalize: Callable[[str], str]) -> None:
-        self.normalize = normalize
-
-    def __call__(self, text: str) -> str:
-        return self.normalize(text).strip()
+def _stripped(normalize: Callable[[str], str], text: str) -> str:
+    """Normalises a text and cuts off the space that is left where punctuation was."""
+    return normalize(text).strip()

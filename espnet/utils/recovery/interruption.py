@@ -90,7 +90,7 @@ class Interruption(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Says what this process wants; only one looks at the clock."""
+        """Says what this process wants; only the first one tells the time."""
         due = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
         pl_module.wishes = [*self._wishes(), float(due)]
 
