@@ -18,7 +18,7 @@ SUBSETS = ("train", "val", "test")
 
 
 class VideoTransform:
-    """Crops, masks (in training) and normalises a clip.
+    """Crops to squares of `crop_size` pixels, masks (in training) and normalises a clip.
 
     In training the crop is drawn once for the clip, up to 4 pixels from the centre (all that 88 of
     96 leave), and up to 0.4 s in every second are masked; otherwise the crop is the centre.
@@ -34,7 +34,7 @@ class VideoTransform:
     def __call__(
         self, frames: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Transform one clip, uint8 (T, H, W); without a generator, with torch's global one.
+        """Transform one clip, uint8 (T, H, W); what is random is drawn with the generator.
 
         Returns:
             float32 (T, 1, crop, crop).
@@ -139,7 +139,7 @@ def draw_time_mask(
 ) -> torch.Tensor:
     """Draw one mask for each second: up to 0.4 s (or two fifths of a last, shorter second).
 
-    Length and rate are in frames or samples, the length at least 1.
+    `length` counts frames or samples, at least 1, and `rate` is theirs per second.
 
     Returns:
         bool (length,), True where masked.

@@ -95,11 +95,12 @@ def trained_content(model: nn.Module) -> dict[str, Any]:
 def without_bases(
     model: nn.Module, state: Mapping[str, Tensor], prefix: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Leaves out of a model's state dict what loading its bases brings back.
+    """Leaves out of a state dict what loading the model's bases brings back.
+
+    Its names are the model's own, with `prefix` before them.
 
     Returns:
-        The other weights, all with `prefix` before the model's own names as they came, and name and
-        fingerprint of each base.
+        The other weights, and name and fingerprint of each base.
     """
     left_out = {f"{prefix}{name}" for name in from_bases(model)}
     kept = {name: value for name, value in state.items() if name not in left_out}

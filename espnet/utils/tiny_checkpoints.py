@@ -71,7 +71,7 @@ NO_SPEECH_SYMBOLS = '"#()*+/:;<=>@[\\]^_`{|}~'
 
 
 def tiny_tokenizers() -> dict[str, PreTrainedTokenizerFast | WhisperTokenizer]:
-    """Trains the tokenizers on sentences of the demo corpus; by the name of the checkpoint."""
+    """Trains tokenizers on the demo corpus's sentences; returns them by the checkpoint's name."""
     plan = draw_speakers({"train": NUM_SENTENCES, "val": 1, "test": 1}, seed=0)
     sentences = [sentence for speaker in plan for sentence in speaker.sentences]
     tokenizer = Tokenizer(models.BPE())

@@ -40,7 +40,7 @@ class FailedBatch(pl.Callback):
         self._file: Path | None = None
 
     def begin(self, batch: dict[str, Any], number: int | None) -> None:
-        """Notes the batch that is being computed, and its number in the epoch; None: before any."""
+        """Notes a batch and its number within the epoch, which is None before the first epoch."""
         self._begun = batch, number
 
     def end(self) -> None:

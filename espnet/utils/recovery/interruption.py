@@ -16,7 +16,7 @@ from datamodule.loaders import STOPPING_SIGNALS
 
 
 class Interrupted(Exception):
-    """A signal has ended the run, after its state, told in words, was saved."""
+    """A signal, `number`, has ended the run; `state` says in words what was saved before."""
 
     def __init__(self, number: int, state: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: {state}")
@@ -26,10 +26,11 @@ class Interrupted(Exception):
 class Interruption(pl.Callback):
     """Saves `last.ckpt` after a step, and ends the run after that if a signal asks for it.
 
-    It saves every few minutes. Processes may get a signal in different steps, or only one of them
-    gets it. So each tells the others with a reduction that every step makes (`ModelModule.wishes`),
-    and all of them save after the same step. In validation they may have different numbers of
-    batches: a signal waits until it is over, and the checkpoint of the epoch is there.
+    It also saves every few minutes. Processes may get a signal in different steps, or only one of
+    them gets it. So each tells the others with a reduction that every step makes
+    (`ModelModule.wishes`), and all of them save after the same step. In validation they may have
+    different numbers of batches: a signal waits until it is over, and the checkpoint of the epoch
+    is there.
     """
 
     def __init__(self, path: Path, minutes: float) -> None:
@@ -90,7 +91,7 @@ class Interruption(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Says what this process wants; only the first one tells the time."""
+        """Says what this process wants; only the first one watches for the time to save."""
         due = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
         pl_module.wishes = [*self._wishes(), float(due)]
 
@@ -188,9 +189,9 @@ def put_before_validation(fit_loop: dict[str, Any]) -> None:
 
 @contextmanager
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends the processes that the trainer has started, if an error ends this one.
+    """Ends the processes that the trainer has started if an error ends this one.
 
-    They would wait for it.
+    They would wait for it for ever.
     """
     try:
         yield
