@@ -11,10 +11,7 @@ from espnet.utils.run_config import completed, find_vocabulary, parse_eval_args
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Options, str, ArgumentParser]:
-    """Parses and checks the command line; ends with an error that names every problem.
-
-    Args:
-        argv: Command line; None for that of the process.
+    """Parses, checks and resolves the options; ends with an error that names every problem.
 
     Returns:
         Options of the model and the scoring, the modality to score, which may be a part of the
@@ -28,11 +25,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, str, ArgumentPar
 
 
 def run(options: Options, modality: str) -> None:
-    """Decodes, scores and prints.
-
-    Args:
-        options: Resolved.
-        modality: To score.
+    """Decodes, scores one modality and prints.
 
     Raises:
         ValueError: If the data, the checkpoint or the hardware does not fit the options.

@@ -29,14 +29,7 @@ GRADIENT_CLIP = 10.0
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Options, ArgumentParser]:
-    """Parses and checks the command line; ends with an error that names every problem.
-
-    Args:
-        argv: Command line; None for that of the process.
-
-    Returns:
-        Options, resolved, and parser.
-    """
+    """Parses, checks and resolves the options; ends with an error that names every problem."""
     parser = train_parser()
 
     def parse(**defaults: Any) -> Options:
@@ -75,11 +68,7 @@ def make_corpus(root_dir: str, parser: ArgumentParser) -> None:
 
 
 def run(options: Options, watch: Stopwatch) -> None:
-    """Trains, averages and scores.
-
-    Args:
-        options: Resolved.
-        watch: Takes the time of each part.
+    """Trains, averages and scores; the watch takes the time of each part.
 
     Raises:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
@@ -156,14 +145,7 @@ def fit(
     data: "DataModule",
     resume: str | None,
 ) -> None:
-    """Trains; a signal ends the process once its state is saved.
-
-    Args:
-        options: Resolved.
-        trainer: Of the run.
-        module: What is trained.
-        data: Data of the run.
-        resume: Checkpoint to resume from.
+    """Trains, or goes on from a checkpoint; a signal ends the process once its state is saved.
 
     Raises:
         ValueError: If Lightning refuses the options, or the memory does not suffice.
@@ -197,14 +179,7 @@ def resume_path(given: str | None, run_dir: Path) -> str | None:
 
 
 def read_resumable(path: str, model: "E2E") -> dict[str, Any]:
-    """Reads a checkpoint, and makes sure that it can be resumed from before anything is written.
-
-    Args:
-        path: Checkpoint.
-        model: Model of the run; takes its weights.
-
-    Returns:
-        Its content.
+    """Reads a checkpoint and loads it, to know before anything is written that it can be resumed.
 
     Raises:
         ValueError: If it cannot be read, holds weights only, or does not fit the model.
@@ -224,17 +199,7 @@ def read_resumable(path: str, model: "E2E") -> dict[str, Any]:
 def make_trainer(
     options: Options, model: "E2E", run_dir: Path, read: dict[str, dict[str, Any]]
 ) -> "pl.Trainer":
-    """Makes the trainer with its callbacks.
-
-    Args:
-        options: Resolved.
-        model: What is to be trained.
-        run_dir: Folder of the run.
-        read: Checkpoints that have been read, by path.
-
-    Returns:
-        The trainer.
-    """
+    """Makes the trainer with its callbacks; `read` has checkpoints by path that need no reading."""
     from pytorch_lightning.callbacks import LearningRateMonitor
 
     from espnet.utils.recovery.checkpoint_io import WholeFileCheckpointIO
@@ -263,15 +228,7 @@ def make_trainer(
 
 
 def make_callbacks(options: Options, run_dir: Path) -> list["pl.Callback"]:
-    """Makes what a run does beside training.
-
-    Args:
-        options: Resolved.
-        run_dir: Folder of the run.
-
-    Returns:
-        Callbacks, in the order that they need.
-    """
+    """Makes what a run does beside training, in the order that the callbacks need."""
     from pytorch_lightning.callbacks import ModelCheckpoint
 
     from espnet.utils.recovery.callbacks import MetricsTable, ProgressLines
@@ -305,16 +262,7 @@ def make_callbacks(options: Options, run_dir: Path) -> list["pl.Callback"]:
 
 
 def average_and_plot(trainer: "pl.Trainer", run_dir: Path, average: Path) -> list[Path]:
-    """Averages the last epochs and draws the learning curve.
-
-    Args:
-        trainer: After training.
-        run_dir: Folder of the run.
-        average: File to write the averaged weights to.
-
-    Returns:
-        The other files of the run.
-    """
+    """Averages the last epochs, draws the learning curve, and returns the run's other files."""
     from espnet.utils.checkpoint import average_checkpoints
     from espnet.utils.recovery.checkpoint_io import save_whole
     from espnet.utils.report import plot_learning_curve
@@ -340,18 +288,7 @@ def score(
     data: "DataModule",
     output_dir: Path,
 ) -> list[Path]:
-    """Scores the model on the test list and prints the word error rates.
-
-    Args:
-        options: Resolved.
-        trainer: After training.
-        module: With the averaged weights.
-        data: Data of the run.
-        output_dir: Folder for hypotheses, summary and plot.
-
-    Returns:
-        Files that were written.
-    """
+    """Scores the averaged model on the test list, prints error rates, and returns the new files."""
     from espnet.utils.building import build_data
     from espnet.utils.evaluation import all_conditions, conditions_of, evaluate, format_summaries
     from espnet.utils.report import plot_wer, wer_table

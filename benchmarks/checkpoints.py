@@ -94,21 +94,13 @@ def saved(model: PreTrainedModel) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A decoder's checkpoint to be, and the ids of the tokenizer that goes with it.
+    """A decoder's checkpoint to be, and the ids of the tokenizer that goes with it."""
 
-    Attributes:
-        title: Its name in the table.
-        config: Shape of the model.
-        prompt: Ids that precede a text.
-        eos: Id of the end symbol.
-        memory_dim: Size M of the encoder's output; for Whisper, that of the model.
-    """
-
-    title: str
-    config: PreTrainedConfig
-    prompt: tuple[int, ...]
-    eos: int
-    memory_dim: int = 768
+    title: str  # its name in the table
+    config: PreTrainedConfig  # shape of the model
+    prompt: tuple[int, ...]  # ids that precede a text
+    eos: int  # id of the end symbol
+    memory_dim: int = 768  # size M of the encoder's output; for Whisper, that of the model
 
 
 def whisper() -> Checkpoint:
@@ -133,10 +125,7 @@ def whisper() -> Checkpoint:
 def llama(conditioning: str, layers: int = LLAMA_LAYERS) -> Checkpoint:
     """Describes a LLaMA in the shape of meta-llama/Llama-3.2-1B.
 
-    Args:
-        conditioning: `cross-attention`, where the prompt is BOS, or `prefix`, where an instruction
-            of some tokens follows it.
-        layers: Number of layers.
+    With `cross-attention` the prompt is BOS, with `prefix` an instruction of some tokens follows.
     """
     config = _llama_config(
         hidden_size=2048,

@@ -17,15 +17,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Timing:
-    """What a call took.
+    """What a call took."""
 
-    Attributes:
-        milliseconds: Shortest time of a call.
-        result: What the last call returned.
-    """
-
-    milliseconds: float
-    result: Any
+    milliseconds: float  # shortest time of a call
+    result: Any  # what the last call returned
 
 
 def time_in_turns(
@@ -33,12 +28,8 @@ def time_in_turns(
 ) -> list[Timing]:
     """Calls functions in turns, so that what else the machine does meets them alike.
 
-    The first round also warms up; the best of at least two rounds leaves that out.
-
-    Args:
-        functions: What is to be timed.
-        device: Where they compute; a GPU is waited for.
-        repeats: Rounds, at least 1.
+    The first round also warms up; the best of at least two rounds leaves that out. A GPU is waited
+    for.
 
     Returns:
         A timing of each function, with the best of its times.
@@ -71,11 +62,7 @@ def run_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class TableRow:
-    """A row of a table in Markdown.
-
-    Attributes:
-        notes: What is printed after the table, a sentence each.
-    """
+    """A row of a table in Markdown; its notes are printed after the table, a sentence each."""
 
     notes: Sequence[str] = ()
 
@@ -89,28 +76,20 @@ class TableRow:
 
 @dataclass(frozen=True)
 class Row(TableRow):
-    """A measurement, as a multiple of a reference or as it is.
+    """A measurement, as a multiple of a reference or as it is."""
 
-    Attributes:
-        what: What was measured, and against what.
-        value: What came out.
-        reference: What its reference gives, in the same unit; None: there is none.
-        target: The most that the ratio should be (the least where it is told how much faster),
-            or the most that the value should be where there is no reference; None: there is none.
-        unit: Unit of value and reference; empty if the head of the table tells it.
-        faster: Whether the ratio is how many times faster than the reference it is.
-        rate: Whether values are rates, so that the ratio of times is the reference over the value.
-        notes: More about it.
-    """
-
-    what: str
-    value: float
+    what: str  # what was measured, and against what
+    value: float  # what came out
+    # What its reference gives, in the same unit; None: there is none.
     reference: float | None = None
+    # The most that the ratio should be (the least where it is told how much faster), or the most
+    # that the value should be where there is no reference; None: there is none.
     target: float | None = None
-    unit: str = ""
-    faster: bool = False
+    unit: str = ""  # unit of value and reference; empty if the head of the table tells it
+    faster: bool = False  # whether the ratio is how many times faster than the reference it is
+    # Whether values are rates, so that the ratio of times is the reference over the value.
     rate: bool = False
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # more about it
 
     @property
     def ratio(self) -> float | None:

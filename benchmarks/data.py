@@ -1,9 +1,8 @@
 """Measures how fast the data arrives: clips, the first batch, and lists of a million rows.
 
 `python benchmarks/data.py [--root-dir DIR]`, in the repository's root, prints a table; a minute or
-two on two CPU cores. Clips are those of the demo corpus, or of a small one that is made in a
-temporary folder if there is none. All that is timed in this process uses one thread, also for
-decoding.
+two on two CPU cores. Clips are those of the demo corpus, or of a small one that is made if there is
+none. All that is timed in this process uses one thread, also for decoding.
 
 What a worker does is to read a batch through `AVDataset` (training: masks, crops, noise) and to
 pad it. Its reference is the least that any loader has to do: PyAV decodes the same files, the
@@ -11,8 +10,8 @@ luma of each frame is copied to an array, and so are the samples. The project re
 files without PyAV, so a second row is for a reference that decodes the video alone.
 
 A list of a million rows with 20 token ids each is read by `DataModule.setup` in a process of its
-own, where files are not looked for (`skip_bad_clips`). Looking for them is timed with a shorter
-list of empty files, a thousand to a folder, beside asking for each of them.
+own, where files are not looked for. Looking for them is timed with a shorter list of empty files, a
+thousand to a folder, beside asking for each of them.
 """
 
 import os
@@ -61,23 +60,14 @@ LIST_FILE = "train.csv"
 
 @dataclass(frozen=True)
 class Work:
-    """How much is measured.
+    """How much is measured."""
 
-    Attributes:
-        rows: Rows of the long list.
-        files: Files that are looked for.
-        touched: Rows of the long list that a worker reads.
-        batches: Batches of clips.
-        sentences: Training sentences of a corpus that is made.
-        repeats: Rounds of timing.
-    """
-
-    rows: int = 1_000_000
-    files: int = 100_000
-    touched: int = 20_000
-    batches: int = 4
-    sentences: int = 60
-    repeats: int = 5
+    rows: int = 1_000_000  # rows of the long list
+    files: int = 100_000  # files that are looked for
+    touched: int = 20_000  # rows of the long list that a worker reads
+    batches: int = 4  # batches of clips
+    sentences: int = 60  # training sentences of a corpus that is made
+    repeats: int = 5  # rounds of timing
 
 
 WORK = Work()

@@ -4,26 +4,20 @@
 prints a table of ratios, each measured in one process; two minutes on two CPU cores. If these have
 other work too, set OMP_NUM_THREADS=1: waiting for a second thread would drown what is measured.
 
-The project's own Transformer decoder is measured as `benchmarks/search_step.py` tells: a step, its
-CTC prefix scores, a batch and its memory. A pretrained decoder is compared with transformers'
-`generate`, as follows.
-
-The checkpoint has random weights in the shape of openai/whisper-small, or of
-meta-llama/Llama-3.2-1B; on a CPU, the latter has 4 of its 16 layers unless `--llama-layers` says
-otherwise. Both searches are for one utterance, with the same beam and as many steps: this
-project's may not end before, and `generate` knows no end symbol. The project's search is that of
-training and evaluation with CTC weight 0, where the decoder is the only scorer. A step is what a
-longer search takes more than one of a single step, divided by the steps that it is longer. It
-leaves out what precedes the text, for which the notes give a time.
+The Transformer decoder is measured as `benchmarks/search_step.py` tells, a pretrained one beside
+transformers' `generate`. Its checkpoint has random weights in the shape of openai/whisper-small, or
+of meta-llama/Llama-3.2-1B (on a CPU, 4 of its 16 layers). Both searches are for one utterance, with
+the same beam and as many steps: this project's may not end before, and `generate` knows no end
+symbol; the decoder is the only scorer. A step is what a longer search takes more than one of a
+single step, divided by the steps that it is longer, so what precedes the text does not count.
 
 What `generate` is given:
 - Whisper: the memory in place of the encoder's output, and the prompt.
 - LLaMA with `--llama-conditioning prefix`: the embeddings of BOS, memory and prompt.
 - LLaMA with `cross-attention`: BOS alone. A first row is for the language model as it is: the
   gated blocks, which are this project's own, count against the search. They have a twelfth as
-  many weights as the model with 4 layers (one block), and a seventh with 16 (four blocks), which
-  bounds that ratio from below where reading the weights takes most of the time. A second row is
-  for `generate` with these blocks before the layers.
+  many weights as the model with 4 layers, and a seventh with 16, which bounds that ratio from
+  below. A second row is for `generate` with these blocks before the layers.
 """
 
 import sys
@@ -69,17 +63,11 @@ Search = Callable[[int, int], Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        steps: Steps that a search takes after its first one.
-        llama_layers: Layers of LLaMA.
-        repeats: Rounds of timing.
-    """
-
-    steps: int
-    llama_layers: int
-    repeats: int
+    steps: int  # steps that a search takes after its first one
+    llama_layers: int  # layers of LLaMA
+    repeats: int  # rounds of timing
 
 
 WORK = {
@@ -91,13 +79,9 @@ WORK = {
 def load(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **options: Any
 ) -> tuple[Decoder, PreTrainedModel]:
-    """Makes a checkpoint in a folder and loads it from there.
+    """Makes a checkpoint in a folder and loads it from there, in a precision.
 
-    Args:
-        checkpoint: The checkpoint.
-        device: Where to compute.
-        dtype: Precision of the checkpoint's weights.
-        **options: Of the decoder's constructor.
+    Further options are those of the decoder's constructor.
 
     Returns:
         The decoder, frozen, and the model of transformers, both in eval mode.
@@ -124,12 +108,7 @@ def search(
 ) -> Tensor:
     """Searches with this project's beam search, where the decoder is the only scorer.
 
-    Args:
-        decoder: The scorer.
-        checkpoint: What it was loaded from.
-        memory: Encoder output, (1, T, M).
-        beam_size: Hypotheses.
-        steps: Tokens.
+    The memory is an encoder's output, (1, T, M).
 
     Returns:
         The tokenizer's ids of the best hypothesis, (steps,).
@@ -227,16 +206,7 @@ def compare(
     work: Work,
     device: torch.device,
 ) -> Row:
-    """Times a step of two searches, and compares what they find.
-
-    Args:
-        title: What is searched.
-        reference: What the second search is.
-        searches: The project's search, and its reference.
-        beam_size: Hypotheses.
-        work: How much is computed.
-        device: Where.
-    """
+    """Times a step of the project's search and of its reference, and compares what they find."""
     lengths = (1, 1 + work.steps)
     calls = [partial(one, beam_size, steps) for steps in lengths for one in searches]
     timings = time_in_turns(calls, device, work.repeats)

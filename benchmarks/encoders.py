@@ -2,14 +2,11 @@
 
 `python benchmarks/encoders.py [--device cpu|cuda]`, in the repository's root, prints a table of
 ratios, each measured in one process; two minutes on two CPU cores. Sizes are those of the
-published checkpoints, weights are random, and the front-ends load them from a folder, frozen.
-On a CPU, videos have an eighth of the frames.
+published checkpoints, weights are random. On a CPU, videos have an eighth of the frames.
 
-An eight-utterance ragged batch is compared with the same samples or frames without padding. For
-an audio encoder, these are the eight utterances laid end to end and cut into eight of their mean
-length: of all batches of eight it is the cheapest, since attention's work grows with the square
-of the length. (Utterances one by one would be dearer on a GPU, all in one piece would be dearer
-in attention.) For an image encoder, they are one long utterance.
+An eight-utterance ragged batch is compared with the same samples or frames without padding: for an
+image encoder as one long utterance, for an audio encoder as eight of their mean length, which is
+the cheapest of all batches of eight, since attention's work grows with the square of the length.
 """
 
 import sys
@@ -40,19 +37,12 @@ RAGGED_FRAMES = (100, 92, 80, 68, 60, 48, 36, 28)  # of 1/25 s: 1.1 to 4 s, 20.5
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        utterances: Short utterances that Whisper encodes at once.
-        images: Frames that are encoded at two sizes.
-        frame_step: Videos of the ragged batch have one in so many of its frames.
-        repeats: How often each alternative is timed.
-    """
-
-    utterances: int
-    images: int
-    frame_step: int
-    repeats: int
+    utterances: int  # short utterances that Whisper encodes at once
+    images: int  # frames that are encoded at two sizes
+    frame_step: int  # videos of the ragged batch have one in so many of its frames
+    repeats: int  # how often each alternative is timed
 
 
 WORK = {

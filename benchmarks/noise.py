@@ -20,17 +20,11 @@ def noise(*shape: int, device: torch.device = CPU, seed: int = 0) -> Tensor:
 
 @dataclass(frozen=True)
 class Utterance:
-    """What a clip of noise holds.
+    """What a clip of noise holds."""
 
-    Attributes:
-        video: (T, 1, H, W).
-        audio: (640 T, 1).
-        target: Token ids, (U,).
-    """
-
-    video: Tensor
-    audio: Tensor
-    target: Tensor
+    video: Tensor  # (T, 1, H, W)
+    audio: Tensor  # (640 T, 1)
+    target: Tensor  # token ids, (U,)
 
 
 def make_utterances(

@@ -2,26 +2,24 @@
 
 `python benchmarks/qlora_memory.py [--device cpu|cuda]`, in the repository's root, prints two
 tables; three minutes on two CPU cores. If these have other work too, set OMP_NUM_THREADS=1.
-`--table weights` and `--table steps` print one table, `--llama 1b` and `8b` some of its rows.
 All weights are random, in the shapes of published checkpoints.
 
 The first table is for the parts that can be in 4 bits. All of a part is in bfloat16 before
 `quantize_4bit`, and what that leaves alone is so afterwards. The ratio with a target is that of
 the linear layers but the output layer: one that stayed in bfloat16 would count against it.
 
-The second table is for whole recognisers. They load checkpoints from a temporary folder as they
-would load published ones, LLaMA's in bfloat16, and take two steps on noise of different lengths,
-padded: forward, backward and AdamW, which has its moments in the second step. Each way of
-training has a process of its own. On a CPU, its memory is what Linux counts as resident, in which
-mapped files of weights are included, and training is in float32; on a GPU, memory is that of
-PyTorch's tensors, and training is in bfloat16 by autocast. LLaMA gets the memory as a prefix: the
-gated blocks of cross-attention would be 1.4 billion further trained parameters for 8B.
+The second table is for whole recognisers. They load checkpoints from a temporary folder, LLaMA's
+in bfloat16, and take two steps on noise of different lengths, padded: forward, backward and AdamW,
+which has its moments in the second step. Each way of training has a process of its own. On a CPU,
+its memory is what Linux counts as resident, mapped files of weights included, and training is in
+float32; on a GPU, it is that of PyTorch's tensors, and training is in bfloat16 by autocast. LLaMA
+gets the memory as a prefix: the gated blocks of cross-attention would be 1.4 billion further
+trained parameters for 8B.
 
 On a CPU, LLaMA has 4 of the 16 layers of Llama-3.2-1B. On a GPU, it has all, and the shape of
 Llama-3.1-8B follows, which takes 17 GB in the temporary folder (TMPDIR) and in the host's memory.
-There, video goes through CLIP 32 frames at a time (`--vision-chunk-frames`), not 128: the
-activations of such a chunk, which its backward pass computes again, would take most of what
-training takes beside the weights.
+There, video goes through CLIP 32 frames at a time, not 128: the activations of such a chunk, which
+its backward pass computes again, would take most of what training takes beside the weights.
 """
 
 import sys
@@ -75,23 +73,14 @@ FRAMES = {  # of the utterances of a batch
 
 @dataclass(frozen=True)
 class WeightRow(common.TableRow):
-    """A part's bytes in 4 bits and in bfloat16.
+    """A part's bytes in 4 bits and in bfloat16."""
 
-    Attributes:
-        part: Its name.
-        linear: Bytes of its linear layers but the output layer, in 4 bits.
-        linear_bfloat16: The same in bfloat16.
-        whole: Bytes of all of it, after its linear layers went into 4 bits.
-        whole_bfloat16: The same in bfloat16.
-        left_alone: Bytes of what is not in 4 bits, by kind.
-    """
-
-    part: str
-    linear: int
-    linear_bfloat16: int
-    whole: int
-    whole_bfloat16: int
-    left_alone: dict[str, int]
+    part: str  # its name
+    linear: int  # bytes of its linear layers but the output layer, in 4 bits
+    linear_bfloat16: int  # the same in bfloat16
+    whole: int  # bytes of all of it, after its linear layers went into 4 bits
+    whole_bfloat16: int  # the same in bfloat16
+    left_alone: dict[str, int]  # bytes of what is not in 4 bits, by kind
 
     @property
     def ratio(self) -> float:
@@ -198,60 +187,36 @@ def random_llama(config: LlamaConfig) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Case:
-    """A recogniser that is trained in several ways.
+    """A recogniser that is trained in several ways."""
 
-    Attributes:
-        title: What it is.
-        encoders: Names of the pretrained encoders.
-        llama: The decoder's checkpoint.
-        ways: Options of `E2E` by the name of the way of training that they make, or why it is left
-            out.
-        target: Most bytes of QLoRA's peak; None for no target.
-    """
-
-    title: str
-    encoders: tuple[str, ...]
-    llama: checkpoints.Checkpoint
+    title: str  # what it is
+    encoders: tuple[str, ...]  # names of the pretrained encoders
+    llama: checkpoints.Checkpoint  # the decoder's checkpoint
+    # Options of `E2E` by the name of the way of training that they make, or why it is left out.
     ways: Mapping[str, Mapping[str, Any] | str]
-    target: float | None = None
+    target: float | None = None  # most bytes of QLoRA's peak; None for no target
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What training took, in bytes.
+    """What training took, in bytes."""
 
-    Attributes:
-        trained: Number of trained parameters.
-        total: Number of all parameters.
-        weights: All parameters.
-        before: What the process had before the model was built.
-        loading: Peak while the model was built and moved to the device.
-        steps: Peak of the steps.
-    """
-
-    trained: int
-    total: int
-    weights: int
-    before: int
-    loading: int
-    steps: int
+    trained: int  # number of trained parameters
+    total: int  # number of all parameters, frozen ones too
+    weights: int  # bytes of all parameters
+    before: int  # what the process had before the model was built
+    loading: int  # peak while the model was built and moved to the device
+    steps: int  # peak of the steps
 
 
 @dataclass(frozen=True)
 class StepRow(common.TableRow):
-    """A row of the second table.
+    """A row of the second table."""
 
-    Attributes:
-        case: The recogniser.
-        way: Of training.
-        memory: What it took, or why that is not known.
-        target: Most bytes of the peak; None for no target.
-    """
-
-    case: str
-    way: str
-    memory: StepMemory | str
-    target: float | None = None
+    case: str  # the recogniser
+    way: str  # name of the way of training
+    memory: StepMemory | str  # what it took, or why that is not known
+    target: float | None = None  # most bytes of the peak; None for no target
 
     def cells(self) -> list[str]:
         """What its columns hold."""

@@ -45,45 +45,28 @@ CTC_TARGET = 0.2
 
 @dataclass(frozen=True)
 class Size:
-    """Shape of the decoder.
+    """Shape of the decoder."""
 
-    Attributes:
-        odim: Vocabulary V.
-        dim: Features D.
-        heads: Attention heads H.
-        units: Hidden units.
-        blocks: Number of blocks L.
-    """
-
-    odim: int = 5049
-    dim: int = 768
-    heads: int = 12
-    units: int = 3072
-    blocks: int = 6
+    odim: int = 5049  # vocabulary V
+    dim: int = 768  # features D
+    heads: int = 12  # attention heads H
+    units: int = 3072  # hidden units
+    blocks: int = 6  # number of blocks L
 
 
 @dataclass(frozen=True)
 class SearchWork:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        step_frames: Frames of the utterances of which a step is timed.
-        step_repeats: Rounds of timing a step.
-        step_target: Ratio of a step to its reference.
-        batch_frames: Frames of the utterances that are decoded at once.
-        batch_tokens: Tokens that are decoded of each.
-        batch_repeats: Rounds of timing these.
-        batch_target: How many times faster than one by one.
-        memory_shapes: Batches whose memory is measured: utterances, and frames of each.
-    """
-
-    step_frames: tuple[int, ...] = (75, 150)
-    step_repeats: int = 4
-    step_target: float = 1.6
+    step_frames: tuple[int, ...] = (75, 150)  # frames of the utterances of which a step is timed
+    step_repeats: int = 4  # rounds of timing a step
+    step_target: float = 1.6  # ratio of a step to its reference
+    # Frames of the utterances that are decoded at once.
     batch_frames: tuple[int, ...] = tuple(50 + 100 * i // 15 for i in range(16))  # 2 to 6 s
-    batch_tokens: int = 10
-    batch_repeats: int = 3
-    batch_target: float = 1.5
+    batch_tokens: int = 10  # tokens that are decoded of each
+    batch_repeats: int = 3  # rounds of timing these
+    batch_target: float = 1.5  # how many times faster than one by one
+    # Batches whose memory is measured: utterances, and frames of each.
     memory_shapes: tuple[tuple[int, int], ...] = ((2, 80), (8, 20))
 
 
@@ -95,13 +78,7 @@ WORK = {
 
 
 class SearchBenchmark:
-    """A decoder, a CTC layer and searches with them.
-
-    Args:
-        size: Shape of the decoder.
-        beam_size: Hypotheses K.
-        device: Where to compute.
-    """
+    """A decoder, a CTC layer and searches with them for K hypotheses."""
 
     def __init__(self, size: Size, beam_size: int, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -147,10 +124,8 @@ class SearchBenchmark:
     def products(self, rows: int, frames: int, lengths: Iterable[int]) -> Callable[[], None]:
         """The matrix products of some steps, and nothing else.
 
-        Args:
-            rows: Hypotheses N, of one utterance as far as its memory is concerned.
-            frames: Frames T of the memory.
-            lengths: Tokens that each step attends to.
+        Rows are hypotheses N, of one utterance as far as its memory of T frames is concerned;
+        lengths are the tokens that each step attends to.
         """
         size = self.size
         random = partial(torch.randn, device=self.device)

@@ -5,18 +5,15 @@ CPU cores. The model is the audio-visual one of auto_avsr's sizes, with random w
 mode; on a CPU it has 4 of the 12 Conformer blocks. A step is the loss and its gradients, without
 the optimiser. The 8 utterances have 40 to 160 frames; of the padded batch, 37.5 % is padding.
 
-A first reference takes the utterances one by one, through the same model: the ratio is what a batch
-saves. They are never padded, and their mean loss and its gradients are those of the batch (a test
-compares them, without dropout and with batch norm's running statistics; in training, batch norm's
-statistics are then an utterance's own). But weights are read and gradients added for each of them,
-and small products leave a GPU idle, so that this ratio alone does not tell what padding costs.
-A second reference does: the same frames, samples and tokens as a batch of eight equal utterances,
-which is the cheapest of all such batches, since attention's work grows with the square of the
-length. The ResNet of the video is also timed alone, beside the same frames as one utterance.
+A first reference takes the utterances one by one, never padded, through the same model: the ratio
+is what a batch saves. But weights are read and gradients added for each of them, and small products
+leave a GPU idle, so that this ratio does not tell what padding costs. A second reference does: the
+same frames, samples and tokens as a batch of eight equal utterances, which is the cheapest of all
+such batches, since attention's work grows with the square of the length. The ResNet of the video is
+also timed alone, beside the same frames as one utterance.
 
 On CUDA, further rows are for bfloat16 and torch.compile (on a CPU: `--compile`) beside the step in
-float32 as it is. The notes say how many frames and tokens a second that is, and what share of the
-time goes neither into matrix products nor into convolutions.
+float32 as it is.
 """
 
 import re
@@ -51,22 +48,14 @@ Step = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Work:
-    """How much is computed.
+    """How much is computed."""
 
-    Attributes:
-        elayers: Conformer blocks.
-        repeats: Rounds of timing.
-        frames: Video frames of each utterance.
-        crop: Height and width of the video.
-        odim: Vocabulary.
-        sizes: Further sizes of the model; those that are not given are auto_avsr's.
-    """
-
-    elayers: int
-    repeats: int
-    frames: tuple[int, ...] = (160, 143, 126, 109, 91, 74, 57, 40)
-    crop: int = CROP
-    odim: int = 5049
+    elayers: int  # Conformer blocks
+    repeats: int  # rounds of timing
+    frames: tuple[int, ...] = (160, 143, 126, 109, 91, 74, 57, 40)  # video frames of each utterance
+    crop: int = CROP  # height and width of the video
+    odim: int = 5049  # vocabulary
+    # Further sizes of the model; those that are not given are auto_avsr's.
     sizes: dict[str, int | float] = field(default_factory=dict)
 
     @property
@@ -205,8 +194,7 @@ def profiled(step: Step, device: torch.device) -> list[tuple[str, float]]:
 def other_share(times: Iterable[tuple[str, float]]) -> float:
     """Share of the time that goes neither into matrix products nor into convolutions.
 
-    Args:
-        times: Names of kernels or operators, and their times; attention's products count too.
+    Names are those of kernels or operators; attention's products count too.
     """
     times = list(times)
     matrices = sum(

@@ -42,13 +42,7 @@ Clips = dict[str, Tensor]
 
 
 def noisy(clips: Clips, folder: Path, snr: float) -> Clips:
-    """Mixes each recording with babble of others, always the same.
-
-    Args:
-        clips: The recordings.
-        folder: Where they are.
-        snr: Signal-to-noise ratio in dB.
-    """
+    """Mixes each recording of a folder with babble of others at a ratio in dB, always the same."""
     mixed = {}
     for seed, (name, samples) in enumerate(clips.items()):
         generator = torch.Generator().manual_seed(seed)
@@ -85,12 +79,8 @@ def searcher_of(
 ) -> Callable[[Tensor, int], str]:
     """What the toolkit writes for samples (S,), by beam size.
 
-    Args:
-        name: Checkpoint.
-        vocabulary: Its own.
-        margin: Seconds of silence after the samples; None: the default.
-        normalize: Whether hypotheses are compared by their score per token.
-        stop_repeats: Whether those that repeat themselves are stopped.
+    The margin is in seconds of silence after the samples; None: the default. With `normalize`,
+    hypotheses are compared by their score per token; those that repeat themselves are stopped.
     """
     model = E2E.from_keywords(
         vocabulary.odim,

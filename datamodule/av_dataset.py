@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,61 +41,36 @@ class Vocabulary(Protocol):
         """Turn ids into text."""
 
 
+@dataclass(kw_only=True, eq=False)
 class AVDataset(Dataset):
     """The utterances of a label list.
 
     What an item holds is a function of (seed, epoch, index) in training and of (seed, file name)
     otherwise, whatever process reads it and in whatever order.
 
-    Args:
-        labels: The utterances.
-        text_transform: The model's vocabulary.
-        id_text_transform: Vocabulary of a list that holds token ids, if it is not the model's: the
-            ids are turned into text with it, and the text into ids with `text_transform`.
-        video_transform: Applied to the video; None leaves the video out.
-        audio_transform: Applied to the audio; None leaves the audio out.
-        training: Whether the random transforms differ from epoch to epoch.
-        seed: Seed of masks, crops and noise.
-        max_frames: Most frames that a clip may really have, whatever its list says.
-        too_long: What to do with a longer one, for the error.
-        skip_bad_clips: Whether a clip that cannot be read is logged and gives None.
-        source: Where clips come from; None: media files.
-
     Raises:
         ValueError: Both streams are left out.
         ValueError: A token id of the list is outside its vocabulary.
     """
 
-    def __init__(
-        self,
-        *,
-        labels: LabelList,
-        text_transform: Vocabulary,
-        id_text_transform: Vocabulary | None = None,
-        video_transform: VideoTransform | None = None,
-        audio_transform: AudioTransform | None = None,
-        training: bool = False,
-        seed: int = 0,
-        max_frames: int | None = None,
-        too_long: str = "raise --max-frames or remove it",
-        skip_bad_clips: bool = False,
-        source: Source | None = None,
-    ) -> None:
-        if video_transform is None and audio_transform is None:
+    labels: LabelList
+    text_transform: Vocabulary  # the model's
+    # Of a list that holds token ids which are not the model's: they become text, the text new ids.
+    id_text_transform: Vocabulary | None = None
+    video_transform: VideoTransform | None = None  # None leaves the video out
+    audio_transform: AudioTransform | None = None  # None leaves the audio out
+    training: bool = False  # whether the random transforms differ from epoch to epoch
+    seed: int = 0  # of masks, crops and noise
+    max_frames: int | None = None  # that a clip may really have, whatever its list says
+    too_long: str = "raise --max-frames or remove it"  # what to do with a longer one
+    skip_bad_clips: bool = False  # whether a clip that cannot be read is logged and gives None
+    source: Source = field(default_factory=FileSource)
+
+    def __post_init__(self) -> None:
+        if self.video_transform is None and self.audio_transform is None:
             raise ValueError("got no video_transform and no audio_transform, expected one or both")
-        self.labels = labels
-        self.text_transform = text_transform
-        self.id_text_transform = id_text_transform
-        self.video_transform = video_transform
-        self.audio_transform = audio_transform
-        self.training = training
-        self.seed = seed
-        self.max_frames = max_frames
-        self.too_long = too_long
-        self.skip_bad_clips = skip_bad_clips
-        self.source = source or FileSource()
-        if labels.holds_ids:
-            labels.check_token_ids(self._id_vocabulary.odim - 2)
+        if self.labels.holds_ids:
+            self.labels.check_token_ids(self._id_vocabulary.odim - 2)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -96,11 +96,7 @@ class DataModule(pl.LightningDataModule):
         if stage == "fit" or (stage is None and self.options.train_file):
             if self.train_dataset is None:
                 self.train_dataset = self._dataset("train", self.options.train_file)
-        if (
-            stage in ("fit", "validate", None)
-            and self.options.val_file
-            and self.val_dataset is None
-        ):
+        if stage != "test" and self.options.val_file and self.val_dataset is None:
             self.val_dataset = self._dataset("val", self.options.val_file)
         if stage == "test" or (stage is None and self.options.test_file):
             for snr_target in self.snr_targets:
@@ -121,7 +117,6 @@ class DataModule(pl.LightningDataModule):
         indices = np.arange(len(labels))
         if self.options.skip_bad_clips:
             indices = np.setdiff1d(indices, labels.longer_than(self.longest_clip))
-        rank, world_size = self._rank_and_world_size()
         sampler = LengthBucketBatchSampler(
             labels.num_frames,
             max_frames=self.options.max_frames,
@@ -129,8 +124,7 @@ class DataModule(pl.LightningDataModule):
             seed=self.options.seed,
             indices=indices,
             redraw=not (self.trainer and self.trainer.overfit_batches),
-            rank=rank,
-            world_size=world_size,
+            **self._share(),
         )
         return ResumableLoader(
             self.train_dataset,
@@ -148,11 +142,7 @@ class DataModule(pl.LightningDataModule):
         )
 
     def test_dataloader(self, snr_target: float | None = None) -> ClipLoader:
-        """Make the loader of test batches.
-
-        Args:
-            snr_target: One of `snr_targets`; None: the first.
-        """
+        """Make the loader of test batches at one of `snr_targets`; None: the first."""
         dataset = self.test_datasets[self.snr_targets[0] if snr_target is None else snr_target]
         return self._evaluation_loader(
             dataset, self.options.decode_max_frames, persistent_workers=False
@@ -161,12 +151,8 @@ class DataModule(pl.LightningDataModule):
     def _evaluation_loader(
         self, dataset: AVDataset, max_frames: int, *, persistent_workers: bool
     ) -> ClipLoader:
-        rank, world_size = self._rank_and_world_size()
         sampler = LongestFirstBatchSampler(
-            dataset.labels.num_frames,
-            max_frames=max_frames,
-            rank=rank,
-            world_size=world_size,
+            dataset.labels.num_frames, max_frames=max_frames, **self._share()
         )
         return ClipLoader(
             dataset,
@@ -175,8 +161,10 @@ class DataModule(pl.LightningDataModule):
             persistent_workers=persistent_workers,
         )
 
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+    def _share(self) -> dict[str, int]:
+        if self.trainer is None:
+            return {}
+        return {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
 
     def _dataset(self, subset: str, file: str | None, snr_target: float | None = None) -> AVDataset:
         training = subset == "train"
@@ -190,16 +178,13 @@ class DataModule(pl.LightningDataModule):
             )
         self._check_lengths(labels, may_skip=training and self.options.skip_bad_clips)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
+        video_transform = VideoTransform(subset=subset, crop_size=self.options.crop_size)
         dataset = AVDataset(
             labels=labels,
             source=self._source,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
-            video_transform=(
-                VideoTransform(subset=subset, crop_size=self.options.crop_size)
-                if with_video
-                else None
-            ),
+            video_transform=video_transform if with_video else None,
             audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
             training=training,
             seed=self.options.seed,

@@ -19,12 +19,7 @@ NUM_COLOURS = 256  # keeps the file small
 
 
 def write_contact_sheet(root_dir: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Write a picture with a row of consecutive frames for each of some test speakers.
-
-    Args:
-        root_dir: Folder of a complete demo corpus.
-        path: The PNG to write.
-    """
+    """Write a PNG with a row of consecutive frames for each of some test speakers of a corpus."""
     root = Path(root_dir)
     transcripts = (root / "labels" / "test.txt").read_text(encoding="utf-8").splitlines()
     by_speaker: dict[str, str] = {}

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import wave
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from datamodule.demo_plan import GRAMMAR, SPLITS, Speaker, draw_speakers
 from datamodule.demo_speaker import make_clips
 from datamodule.demo_speech import SPEECH_LEVEL, require_espeak
-from datamodule.media import write_audio
-from datamodule.train_tokenizer import UNKNOWN_PIECE, train_tokenizer
+from datamodule.media import read_audio, write_audio
+from datamodule.train_tokenizer import train_tokenizer
 from espnet.formats import AUDIO_RATE
 
 DATASET = "demo"
@@ -111,11 +110,7 @@ def make_demo_corpus(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when the corpus is there.
-
-    Args:
-        arguments: The command line without the program's name; `sys.argv` if None.
-    """
+    """Run the command line; 0 when the corpus is there."""
     parser = argparse.ArgumentParser(
         prog="python -m datamodule.demo_corpus",
         description="Make the demo corpus, or complete or keep the one that is in the folder.",
@@ -193,9 +188,7 @@ def _write_babble(root: Path, speakers: list[Speaker], seed: int) -> None:
         position = -int(random.integers(AUDIO_RATE))  # so that the voices do not start together
         while position < len(mixture):
             name = names[random.integers(len(names))]
-            with wave.open(str(root / DATASET / f"{name}.wav")) as file:
-                samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
-            samples = samples[max(0, -position) :]
+            samples = read_audio(root / DATASET / f"{name}.wav").numpy()[max(0, -position) :]
             position = max(0, position)
             samples = samples[: len(mixture) - position]
             mixture[position : position + len(samples)] += samples
@@ -207,7 +200,7 @@ def _write_babble(root: Path, speakers: list[Speaker], seed: int) -> None:
 
 def _write_lists(root: Path, speakers: list[Speaker], num_frames: dict[str, int]) -> None:
     """Train the tokenizer on the training sentences, and write label lists and transcripts."""
-    import sentencepiece
+    from datamodule.text_transform import TextTransform
 
     words = [word for group in GRAMMAR for word in group]
     characters = sorted({character for word in words for character in word})
@@ -215,14 +208,14 @@ def _write_lists(root: Path, speakers: list[Speaker], num_frames: dict[str, int]
         text for speaker in speakers if speaker.split == "train" for text in speaker.sentences
     ]
     prefix = root / "spm" / "unigram"
-    units = train_tokenizer(
+    train_tokenizer(
         [*training, *words],  # a small corpus does not have every word
         prefix,
         # The words, the characters by themselves for other words, <unk>, <s> and </s>.
         vocab_size=len(words) + len([WORD_START, *characters]) + 3,
         seed_pieces=[WORD_START + word for word in words],
     )
-    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    text_transform = TextTransform(sp_model_path=f"{prefix}.model")
     (root / "labels").mkdir()
     for split in SPLITS:
         rows, transcripts = [], []
@@ -230,8 +223,7 @@ def _write_lists(root: Path, speakers: list[Speaker], num_frames: dict[str, int]
             if speaker.split != split:
                 continue
             for name, text in zip(speaker.utterance_names(), speaker.sentences, strict=True):
-                pieces = processor.encode(text, out_type=str)
-                ids = " ".join(str(units.get(piece, units[UNKNOWN_PIECE])) for piece in pieces)
+                ids = " ".join(map(str, text_transform.tokenize(text).tolist()))
                 rows.append(f"{DATASET},{name}.mp4,{num_frames[name]},{ids}\n")
                 transcripts.append(f"{name} {text}\n")
         _write_text(root / "labels" / f"{split}.csv", "".join(rows))

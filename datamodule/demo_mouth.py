@@ -28,51 +28,28 @@ TONGUE_COLOUR = np.array([176, 84, 86], np.float32)
 
 @dataclass(frozen=True)
 class Face:
-    """What stays the same in all pictures of a speaker; lengths in pixels or in half mouth widths.
+    """What all pictures of a speaker share; lengths in pixels or in half mouth widths."""
 
-    Attributes:
-        half_width: Half the width of the mouth at rest, in pixels.
-        centre: x and y of the mouth's centre, in pixels.
-        tilt: Slope of the lip line.
-        upper_lip: Height of the upper lip, in half widths.
-        lower_lip: Height of the lower lip, in half widths.
-        bow: Depth of the cupid's bow, 0 to 1.
-        smile: How far the corners lie above the middle, in half widths.
-        skin: Red, green and blue, 0 to 255.
-        lips: Red, green and blue, 0 to 255.
-        light: Brightness from left to right, slope per frame width.
-        stubble: Darkening around the mouth, 0 to 1.
-        teeth: How far the upper teeth show, 0 to 1.
-        tongue: How far the tongue shows, 0 to 1.
-        clarity: How fully the speaker articulates, 0 to 1.
-        lip_texture: Brightness of the lips over the width, (64,).
-        sensor_noise: Grey levels, (NOISE_FRAMES, H, W).
-    """
-
-    half_width: float
-    centre: tuple[float, float]
-    tilt: float
-    upper_lip: float
-    lower_lip: float
-    bow: float
-    smile: float
-    skin: np.ndarray
-    lips: np.ndarray
-    light: float
-    stubble: float
-    teeth: float
-    tongue: float
-    clarity: float
-    lip_texture: np.ndarray
-    sensor_noise: np.ndarray
+    half_width: float  # half the width of the mouth at rest, in pixels
+    centre: tuple[float, float]  # x and y of the mouth's centre, in pixels
+    tilt: float  # slope of the lip line
+    upper_lip: float  # height of the upper lip, in half widths
+    lower_lip: float  # height of the lower lip, in half widths
+    bow: float  # depth of the cupid's bow, 0 to 1
+    smile: float  # how far the corners lie above the middle, in half widths
+    skin: np.ndarray  # red, green and blue, 0 to 255
+    lips: np.ndarray  # red, green and blue, 0 to 255
+    light: float  # brightness from left to right, slope per frame width
+    stubble: float  # darkening around the mouth, 0 to 1
+    teeth: float  # how far the upper teeth show, 0 to 1
+    tongue: float  # how far the tongue shows, 0 to 1
+    clarity: float  # how fully the speaker articulates, 0 to 1
+    lip_texture: np.ndarray  # brightness of the lips over the width, (64,)
+    sensor_noise: np.ndarray  # grey levels, (NOISE_FRAMES, H, W)
 
 
 def draw_face(random: np.random.Generator) -> Face:
-    """Draw the face of a speaker.
-
-    Args:
-        random: Source of all that differs between speakers.
-    """
+    """Draw the face of a speaker."""
     darkness = random.uniform() ** 1.3
     redness = random.uniform(0.55, 1.0)
     skin = SKIN_COLOURS[0] + darkness * (SKIN_COLOURS[1] - SKIN_COLOURS[0])
@@ -111,12 +88,12 @@ class _Curves:
 
 
 def render(face: Face, track: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Draw all frames of an utterance.
+    """Draw all frames of an utterance; head motion and sensor noise are random.
 
     Args:
         face: The speaker.
         track: Shape of the mouth, float32 (T, F), the fields of `Shape` in order.
-        random: Source of head motion and sensor noise.
+        random: Source of what is random.
 
     Returns:
         uint8 (T, H, W, 3), red, green, blue.

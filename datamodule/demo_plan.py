@@ -48,21 +48,13 @@ RATES = (160, 195)  # words per minute
 
 @dataclass(frozen=True)
 class Speaker:
-    """A speaker and all that he or she says, in order.
+    """A speaker and all that he or she says, in order."""
 
-    Attributes:
-        name: Unique, such as "s01".
-        split: "train", "val" or "test".
-        voice: How the speaker sounds.
-        seed: Seeds of everything else that is drawn for the speaker.
-        sentences: Transcripts, lower case.
-    """
-
-    name: str
-    split: str
-    voice: Voice
-    seed: tuple[int, ...]
-    sentences: tuple[str, ...]
+    name: str  # unique, such as "s01"
+    split: str  # "train", "val" or "test"
+    voice: Voice  # how the speaker sounds
+    seed: tuple[int, ...]  # seeds of everything else that is drawn for the speaker
+    sentences: tuple[str, ...]  # transcripts, lower case
 
     def utterance_names(self) -> list[str]:
         """Name the speaker's sentences, in order: paths below the dataset without an ending."""
@@ -71,13 +63,9 @@ class Speaker:
 
 
 def draw_speakers(counts: dict[str, int], seed: int) -> list[Speaker]:
-    """Draw the speakers of all splits with their sentences.
+    """Draw the speakers with their sentences, as many as `counts` has for each split.
 
     No sentence occurs twice, and no two speakers share both accent and voice variant.
-
-    Args:
-        counts: Number of sentences of each split.
-        seed: Seed of the corpus.
 
     Raises:
         ValueError: A count is below 1, or the grammar has not enough sentences.
@@ -111,11 +99,7 @@ def draw_speakers(counts: dict[str, int], seed: int) -> list[Speaker]:
 
 
 def spoken_text(sentence: str) -> str:
-    """Write a sentence so that espeak-ng spells its letter instead of taking it for a word.
-
-    Args:
-        sentence: A transcript, lower case.
-    """
+    """Write a sentence so that espeak-ng spells its letter instead of taking it for a word."""
     words = [word.upper() if word in LETTERS else word for word in sentence.split()]
     return " ".join("[[eI]]" if word == "A" else word for word in words)
 

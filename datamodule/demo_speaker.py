@@ -101,14 +101,7 @@ def make_clip(
     sentence: str,
     random: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Speak and draw one sentence.
-
-    Args:
-        synthesizer: The process's espeak-ng.
-        speaker: Whose voice it is.
-        face: The speaker's face.
-        sentence: The transcript.
-        random: Source of pauses, rate, pitch, and all noise.
+    """Speak and draw one sentence; pauses, rate, pitch and all noise are random.
 
     Returns:
         Samples float32 (S,) at 16 kHz and frames uint8 (T, H, W, 3) at 25 per second; S = 640 T.

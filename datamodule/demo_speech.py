@@ -57,21 +57,13 @@ _Callback = ctypes.CFUNCTYPE(
 
 @dataclass(frozen=True)
 class Voice:
-    """How a speaker sounds, in espeak-ng's terms.
+    """How a speaker sounds, in espeak-ng's terms."""
 
-    Attributes:
-        accent: Language name, such as "en-us".
-        variant: File of a voice variant, such as "f2".
-        pitch: 0 to 100, 50 being the variant's own.
-        pitch_range: 0 (monotone) to 100.
-        rate: Words per minute.
-    """
-
-    accent: str
-    variant: str
-    pitch: int
-    pitch_range: int
-    rate: int
+    accent: str  # language name, such as "en-us"
+    variant: str  # file of a voice variant, such as "f2"
+    pitch: int  # 0 to 100, 50 being the variant's own
+    pitch_range: int  # 0 (monotone) to 100
+    rate: int  # words per minute
 
 
 @dataclass(frozen=True)
@@ -135,10 +127,7 @@ class Synthesizer:
         self._library.espeak_SetSynthCallback(self._callback)
 
     def set_voice(self, voice: Voice) -> None:
-        """Choose accent and variant, pitch, range and rate.
-
-        Args:
-            voice: The voice to speak with from now on.
+        """Choose accent and variant, pitch, range and rate from now on.
 
         Raises:
             ValueError: espeak-ng has no such accent or variant.

@@ -20,25 +20,16 @@ WOBBLE_RATE_HZ = 2.0
 
 
 class Shape(NamedTuple):
-    """What is seen of a mouth.
+    """What is seen of a mouth."""
 
-    Attributes:
-        opening: Height of the opening, 0 closed to 1 wide; negative presses the lips together.
-        width: -1 narrow to 1 spread.
-        rounding: 0 flat to 1 pursed.
-        press: 0 full lips to 1 rolled in.
-        tuck: 0 free to 1 lower lip under the upper teeth.
-        teeth: 0 hidden to 1 upper teeth shown.
-        tongue: 0 low to 1 tip between the teeth.
-    """
-
+    # Height of the opening, 0 closed to 1 wide; negative presses the lips together.
     opening: float = 0.0
-    width: float = 0.0
-    rounding: float = 0.0
-    press: float = 0.0
-    tuck: float = 0.0
-    teeth: float = 0.0
-    tongue: float = 0.0
+    width: float = 0.0  # -1 narrow to 1 spread
+    rounding: float = 0.0  # 0 flat to 1 pursed
+    press: float = 0.0  # 0 full lips to 1 rolled in
+    tuck: float = 0.0  # 0 free to 1 lower lip under the upper teeth
+    teeth: float = 0.0  # 0 hidden to 1 upper teeth shown
+    tongue: float = 0.0  # 0 low to 1 tip between the teeth
 
 
 class Viseme(NamedTuple):
@@ -91,11 +82,10 @@ PHONEME_VISEMES = {name: visemes for names, visemes in _GROUPS for name in names
 
 
 def visemes_of(phoneme: str) -> tuple[Viseme, ...]:
-    """Look up what is seen of a phoneme.
+    """Look up what is seen of a phoneme, a mnemonic without stress marks.
 
-    Args:
-        phoneme: A mnemonic without stress marks. One that is not in the table is taken for the
-            longest one there with which it begins (`aI2` for `aI`, `i:` for `i`).
+    One that is not in the table is taken for the longest one there with which it begins (`aI2` for
+    `aI`, `i:` for `i`).
 
     Returns:
         One viseme, or two in order; a neutral mouth where nothing fits.
@@ -151,12 +141,9 @@ def shape_track(
 
 
 def smooth_noise(num_frames: int, rate_hz: float, random: np.random.Generator) -> np.ndarray:
-    """Draw a slow random course: float64 (T,) of mean 0 and variance 1, three sines up to a rate.
+    """Draw a slow random course: float64 (T,) of mean 0 and variance 1, at 25 frames per second.
 
-    Args:
-        num_frames: Number of frames T, at 25 per second.
-        rate_hz: The highest frequency.
-        random: Source of frequencies and phases.
+    It is the sum of three sines of frequencies up to `rate_hz`.
     """
     times = np.arange(num_frames) / VIDEO_RATE
     frequencies = random.uniform(0.2, 1.0, 3) * rate_hz

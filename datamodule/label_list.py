@@ -70,14 +70,15 @@ class LabelList:
 
     def utterance_id(self, index: int) -> str:
         """Return `dataset/relative/path` without the suffix."""
-        start, first, second, _, _ = self._bounds[index]
-        dataset, relative = self._text(start, first), self._text(first + 1, second)
-        return os.path.splitext(os.path.join(dataset, relative))[0]
+        return os.path.splitext(self._path_below_root(index))[0]
 
     def path(self, index: int) -> str:
         """Return the path of the utterance's video file."""
+        return os.path.join(self.root_dir, self._path_below_root(index))
+
+    def _path_below_root(self, index: int) -> str:
         start, first, second, _, _ = self._bounds[index]
-        return os.path.join(self.root_dir, self._text(start, first), self._text(first + 1, second))
+        return os.path.join(self._text(start, first), self._text(first + 1, second))
 
     def text(self, index: int) -> str:
         """Return the last field as it stands."""
@@ -149,12 +150,7 @@ class LabelList:
     def _parse(
         self, begin: int, end: int, num_lines: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Parse whole lines.
-
-        Args:
-            begin: First byte of the lines.
-            end: First byte after the lines.
-            num_lines: How many lines there are before them.
+        """Parse the whole lines in the bytes [begin, end), which follow `num_lines` others.
 
         Returns:
             For each row that is not blank: its start, its first three commas and its end (N, 5);

@@ -50,14 +50,7 @@ def collate_pad(items: list[Item | None]) -> dict[str, Any]:
 
 
 def model_inputs(batch: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The streams of a batch and their lengths, in the form that `E2E` takes.
-
-    Args:
-        batch: As `collate_pad` makes it.
-
-    Returns:
-        Features and lengths by stream.
-    """
+    """The streams of a batch and their lengths, by stream, in the form that `E2E` takes."""
     streams = [stream for stream in STREAMS if f"{stream}s" in batch]
     features = {stream: batch[f"{stream}s"] for stream in streams}
     return features, {stream: batch[f"{stream}_lengths"] for stream in streams}
@@ -85,13 +78,7 @@ class ClipLoader(DataLoader):
     """Loads batches, and raises errors in the data here, in one line, not as a worker's traceback.
 
     An iterator starts its workers with the first batch that is asked for, so an epoch announced
-    before that counts.
-
-    Args:
-        dataset: Utterances.
-        batch_sampler: Keys of the utterances of each batch.
-        num_workers: Number of worker processes; 0 loads in this process.
-        persistent_workers: Whether workers outlive an epoch.
+    before that counts. With 0 workers, batches are loaded in this process.
     """
 
     def __init__(
@@ -123,11 +110,7 @@ class ClipLoader(DataLoader):
             yield batch
 
     def load(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
-        """Load a batch of one's own choice, in this process.
-
-        Args:
-            keys: Those of its utterances, as a batch sampler gives them.
-        """
+        """Load a batch of one's own choice in this process, by keys as a sampler gives them."""
         batch = self.collate_fn([self.dataset[key] for key in keys])
         if isinstance(batch, ValueError):
             raise batch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import wave
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -48,12 +50,11 @@ def find_audio(video_path: str) -> str:
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first video stream of a file to grey frames at 25 per second.
 
-    Args:
-        path: A file of any container and codec that FFmpeg knows.
+    Any container and codec that FFmpeg knows will do. At another rate than 25 fps each output frame
+    is the source frame nearest in time.
 
     Returns:
-        uint8 (T, H, W), 0 black to 255 white. At another rate than 25 fps each output frame is the
-        source frame nearest in time.
+        uint8 (T, H, W), 0 black to 255 white.
 
     Raises:
         MediaError: The file is missing or unreadable, or has no video stream or no frame.
@@ -62,20 +63,13 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 
     frames, studio_range, times = [], [], []  # times: when each frame is shown, in seconds
     reformatter = VideoReformatter()
-    try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.video:
-                raise MediaError(path, "no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            rate = float(stream.average_rate or VIDEO_RATE)
-            for frame in container.decode(stream):
-                picture, is_studio_range = _grey(frame, reformatter)
-                frames.append(picture)
-                studio_range.append(is_studio_range)
-                times.append(len(times) / rate if frame.time is None else frame.time)
-    except (av.error.FFmpegError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _first_stream(path, "video") as stream:
+        rate = float(stream.average_rate or VIDEO_RATE)
+        for frame in stream.container.decode(stream):
+            picture, is_studio_range = _grey(frame, reformatter)
+            frames.append(picture)
+            studio_range.append(is_studio_range)
+            times.append(len(times) / rate if frame.time is None else frame.time)
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
     if any(frame.shape != frames[0].shape for frame in frames):
@@ -92,9 +86,6 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 
 def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first audio stream of a file to mono at 16 kHz; several channels are averaged.
-
-    Args:
-        path: An audio file, or a video file with a sound track.
 
     Returns:
         float32 (S,) in [-1, 1].
@@ -159,12 +150,9 @@ def write_video(
 def write_audio(
     path: str | os.PathLike[str], samples: np.ndarray, *, rate: int = AUDIO_RATE
 ) -> None:
-    """Write mono samples as 16-bit PCM wav; equal samples give equal bytes.
+    """Write mono samples, float (S,), as 16-bit PCM wav; equal samples give equal bytes.
 
-    Args:
-        path: The file to write.
-        samples: Float (S,) in [-1, 1]; what lies outside is clipped.
-        rate: Samples per second.
+    What lies outside of [-1, 1] is clipped; the rate is in samples per second.
 
     Raises:
         MediaError: The samples have another shape or are not finite, or the file cannot be written.
@@ -182,6 +170,26 @@ def write_audio(
         raise MediaError(path, f"cannot write ({error})") from error
 
 
+@contextmanager
+def _first_stream(path: str | os.PathLike[str], kind: str) -> Iterator[av.stream.Stream]:
+    """Open the first video or audio stream of a file, to be decoded on one thread."""
+    try:
+        with av.open(os.fspath(path)) as container:
+            streams = getattr(container.streams, kind)
+            if not streams:
+                raise MediaError(path, f"no {kind} stream")
+            streams[0].codec_context.thread_count = 1
+            yield streams[0]
+    except (av.error.FFmpegError, OSError) as error:
+        if not os.path.exists(path):
+            cause = "no such file"
+        elif os.path.isfile(path) and os.path.getsize(path) == 0:
+            cause = "the file is empty"
+        else:
+            cause = f"cannot be decoded ({getattr(error, 'strerror', None) or error})"
+        raise MediaError(path, cause) from error
+
+
 def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
     """Read 16-bit mono wav at 16 kHz without FFmpeg, a hundred times faster; None if it is not."""
     try:
@@ -197,19 +205,12 @@ def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
 def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
     """Decode with FFmpeg to mono at 16 kHz: float32 (S,)."""
     chunks = []
-    try:
-        with av.open(os.fspath(path)) as container:
-            if not container.streams.audio:
-                raise MediaError(path, "no audio stream")
-            stream = container.streams.audio[0]
-            stream.codec_context.thread_count = 1
-            resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
-            for frame in container.decode(stream):
-                chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
-            if chunks:
-                chunks.extend(part.to_ndarray() for part in resampler.resample(None))
-    except (av.error.FFmpegError, OSError) as error:
-        raise _unreadable(path, error) from error
+    with _first_stream(path, "audio") as stream:
+        resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
+        for frame in stream.container.decode(stream):
+            chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
+        if chunks:
+            chunks.extend(part.to_ndarray() for part in resampler.resample(None))
     if not chunks:
         return np.zeros(0, np.float32)
     return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
@@ -245,24 +246,12 @@ def _stretch_range(pictures: np.ndarray) -> None:
 
 
 def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
-    """Choose the frame nearest to each tick of the 25 fps clock.
+    """Choose the frame nearest to each tick of 1/25 s: indices (T,), at least one.
 
-    Args:
-        times: Time stamps in seconds, ascending (T_in,).
-        last_duration: How long the last frame is shown, in seconds.
-
-    Returns:
-        Indices into the frames (T,), as many as ticks fit into the duration, at least one.
+    Time stamps (T_in,) ascend; they and the time that the last frame is shown are in seconds. There
+    are as many ticks as fit into the duration.
     """
     times = times - times[0]
     num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))
     ticks = np.arange(num_frames) / VIDEO_RATE
     return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
-
-
-def _unreadable(path: str | os.PathLike[str], error: Exception) -> MediaError:
-    if not os.path.exists(path):
-        return MediaError(path, "no such file")
-    if os.path.isfile(path) and os.path.getsize(path) == 0:
-        return MediaError(path, "the file is empty")
-    return MediaError(path, f"cannot be decoded ({getattr(error, 'strerror', None) or error})")

@@ -33,10 +33,7 @@ class NoiseSource(Protocol):
 
 
 class FileNoise:
-    """Stretches of noise files, which are read once.
-
-    Args:
-        paths: One or several audio files; each is drawn equally often.
+    """Stretches of noise files, which are read once; each file is drawn equally often.
 
     Raises:
         MediaError: A file cannot be read.
@@ -128,15 +125,10 @@ class BabbleNoise:
 
 
 def add_noise(speech: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch.Tensor:
-    """Mix so that the energies of speech and noise over the utterance have the given ratio.
+    """Mix so that the energies of speech and noise over the utterance have a ratio in dB.
 
-    Args:
-        speech: float32 (S,).
-        noise: float32 (S,).
-        snr_db: Signal-to-noise ratio in dB; 0 means equal energies.
-
-    Returns:
-        float32 (S,); the speech itself if speech or noise is silent.
+    Speech, noise and result are float32 (S,); the result is the speech itself if speech or noise is
+    silent.
     """
     speech_level = float(torch.linalg.vector_norm(speech, dtype=torch.float64))
     noise_level = float(torch.linalg.vector_norm(noise, dtype=torch.float64))

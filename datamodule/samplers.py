@@ -56,7 +56,11 @@ class LengthBucketBatchSampler(Sampler[Batch]):
                 f"got {len(lengths)} training utterances for {world_size} processes, expected at "
                 "least one for each; train on fewer devices or on more data"
             )
-        _check_longest(lengths, max_frames)
+        if lengths.max() > max_frames:
+            raise ValueError(
+                f"got an utterance of {lengths.max()} frames, expected at most {max_frames}; raise "
+                "--max-frames or remove it"
+            )
         order = np.argsort(lengths, kind="stable")
         self._indices, lengths = indices[order], lengths[order]
         self._buckets = _assign_buckets(lengths, max_frames, num_buckets)
@@ -77,22 +81,16 @@ class LengthBucketBatchSampler(Sampler[Batch]):
         return self
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate over next.
-
-        Args:
-            epoch: Epochs count from 0.
-            start_batch: How many of the epoch's batches to leave out, to go on in its middle.
-        """
+        """Choose the next epoch, counted from 0, and how many of its batches to leave out."""
         self.epoch = epoch
         self.start_batch = start_batch
 
     def largest_batches(self) -> list[Batch]:
         """Return the batches that need the most memory, as the least lucky draw would fill them.
 
-        Returns:
-            This process's batch of the step in which one has the most frames, padding included,
-            and, if that is another step, of the one in which frames times the longest utterance
-            are most: attention takes memory for these.
+        They are this process's batch of the step in which one has the most frames, padding
+        included, and, if that is another step, of the one in which frames times the longest
+        utterance are most: attention takes memory for these.
         """
         begins, ends = self._cuts.T
         longest = self._longest[np.maximum(ends - 1, 0)]
@@ -161,14 +159,6 @@ class LongestFirstBatchSampler(Sampler[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches)
-
-
-def _check_longest(lengths: np.ndarray, max_frames: int) -> None:
-    if len(lengths) and lengths.max() > max_frames:
-        raise ValueError(
-            f"got an utterance of {lengths.max()} frames, expected at most {max_frames}; raise "
-            "--max-frames or remove it"
-        )
 
 
 def _assign_buckets(lengths: np.ndarray, max_frames: int, num_buckets: int) -> np.ndarray:

@@ -24,7 +24,6 @@ class TextTransform:
 
     Attributes:
         token_list: All tokens, `<blank>` and `<eos>` included; the index is the id.
-
         prompt: Empty: nothing but `sos` comes before a text.
         special_tokens: Empty.
 
@@ -39,7 +38,7 @@ class TextTransform:
 
     def __init__(self, *, sp_model_path: str, dict_path: str | None = None) -> None:
         self._processor = _load_processor(sp_model_path)
-        units = _pieces(self._processor) if dict_path is None else _read_units(dict_path)
+        units = output_pieces(self._processor) if dict_path is None else _read_units(dict_path)
         self.token_list = [BLANK, *units, END]
         self._ids = {piece: index for index, piece in enumerate(units, start=1)}
 
@@ -88,7 +87,7 @@ def _load_processor(path: str) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+def output_pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
     """List `<unk>` and the model's pieces; `<s>`, `</s>` and padding are not output units."""
     ids = range(processor.get_piece_size())
     special = (processor.is_control, processor.is_unknown, processor.is_unused)

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MODEL_TYPES = ("unigram", "bpe")
-UNKNOWN_PIECE = "<unk>"
-CONTROL_PIECES = ("<s>", "</s>")  # the units file has no line for them
 TEXT_FIELD = 3  # of a label list's row, counted from 0
 # A seed piece's count before the first pass; characters count as they occur. With a low one the
 # characters win, and training drops the seed.
@@ -51,6 +49,8 @@ def train_tokenizer(
     """
     import sentencepiece
 
+    from datamodule.text_transform import output_pieces
+
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model type is {model_type!r}, expected one of {', '.join(MODEL_TYPES)}")
     if seed_pieces is not None and model_type != "unigram":
@@ -84,7 +84,8 @@ def train_tokenizer(
             raise ValueError(f"cannot train with a vocabulary of {vocab_size}: {cause}") from error
         finally:
             os.chdir(here)
-    units = _units(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    pieces = output_pieces(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    units = {piece: number for number, piece in enumerate(pieces, start=1)}
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{prefix}.model").write_bytes(model.getvalue())
@@ -94,13 +95,7 @@ def train_tokenizer(
 
 
 def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Read text files with one sentence a line.
-
-    Args:
-        paths: UTF-8 text files.
-
-    Returns:
-        The lines that are not blank.
+    """Read the lines that are not blank of UTF-8 text files with one sentence a line.
 
     Raises:
         ValueError: A file cannot be read or is not UTF-8.
@@ -110,12 +105,6 @@ def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     """Read the text of label lists, rows of `dataset,relative/path.mp4,number of frames,text`.
-
-    Args:
-        paths: Label lists whose last field is plain text, which may contain commas.
-
-    Returns:
-        The texts, in order.
 
     Raises:
         ValueError: A file cannot be read or is not UTF-8, a row has too few fields, or the last
@@ -142,11 +131,7 @@ def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 when the files are written.
-
-    Args:
-        arguments: The command line without the program's name; `sys.argv` if None.
-    """
+    """Run the command line; 0 when the files are written."""
     parser = argparse.ArgumentParser(
         prog="python -m datamodule.train_tokenizer",
         description="Train a SentencePiece model; writes PREFIX.model and PREFIX_units.txt.",
@@ -174,13 +159,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"{options.output}.model and {options.output}_units.txt: {len(units)} units")
     return 0
-
-
-def _units(processor: object) -> dict[str, int]:
-    """Number the pieces of a SentencePieceProcessor from 1, in the model's order."""
-    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
-    kept = [piece for piece in pieces if piece not in (UNKNOWN_PIECE, *CONTROL_PIECES)]
-    return {piece: number for number, piece in enumerate([UNKNOWN_PIECE, *kept], start=1)}
 
 
 def _numbered_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:

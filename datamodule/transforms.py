@@ -18,17 +18,13 @@ SUBSETS = ("train", "val", "test")
 
 
 class VideoTransform:
-    """Crops, masks (in training) and normalises a clip.
+    """Crops to squares of `crop_size` pixels, masks (in training) and normalises a clip.
 
     In training the crop is drawn once for the clip, up to 4 pixels from the centre (all that 88 of
     96 leave), and up to 0.4 s in every second are masked; otherwise the crop is the centre.
 
-    Args:
-        subset: "train", "val" or "test".
-        crop_size: Height and width of the crop in pixels.
-
     Raises:
-        ValueError: The subset is not one of these.
+        ValueError: The subset is not "train", "val" or "test".
     """
 
     def __init__(self, *, subset: str, crop_size: int = 88) -> None:
@@ -38,11 +34,7 @@ class VideoTransform:
     def __call__(
         self, frames: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """Transform one clip.
-
-        Args:
-            frames: uint8 (T, H, W).
-            generator: Source of the random crop and masks; None is torch's global one.
+        """Transform one clip, uint8 (T, H, W); what is random is drawn with the generator.
 
         Returns:
             float32 (T, 1, crop, crop).
@@ -147,10 +139,7 @@ def draw_time_mask(
 ) -> torch.Tensor:
     """Draw one mask for each second: up to 0.4 s (or two fifths of a last, shorter second).
 
-    Args:
-        length: Number of frames or samples, at least 1.
-        rate: Frames or samples per second.
-        generator: Source of lengths and places; None is torch's global one.
+    `length` counts frames or samples, at least 1, and `rate` is theirs per second.
 
     Returns:
         bool (length,), True where masked.
@@ -162,8 +151,8 @@ def draw_time_mask(
     draws = torch.rand(2, num_seconds, generator=generator).numpy()
     sizes = np.floor(draws[0] * (longest + 1))
     starts = np.floor(draws[1] * (spans - sizes + 1))
-    clock = np.arange(rate, dtype=np.float32)  # NumPy takes a third of torch's time for all this.
-    masked = (clock >= starts[:, None]) & (clock < (starts + sizes)[:, None])  # (seconds, rate)
+    places = np.arange(rate, dtype=np.float32)  # NumPy takes a third of torch's time for all this.
+    masked = (places >= starts[:, None]) & (places < (starts + sizes)[:, None])  # (seconds, rate)
     return torch.from_numpy(masked.ravel()[:length])
 
 

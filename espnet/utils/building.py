@@ -24,14 +24,7 @@ AnyTextTransform = TextTransform | PretrainedTextTransform
 
 
 def build_text_transform(decoder: DecoderOptions, data: DataOptions) -> AnyTextTransform:
-    """Loads the vocabulary.
-
-    Args:
-        decoder: Resolved.
-        data: With the vocabulary's paths filled in.
-
-    Returns:
-        The decoder's vocabulary.
+    """Loads the vocabulary of a decoder; the data's options name that of SentencePiece.
 
     Raises:
         ValueError: If a file cannot be read, or the decoder's tokenizer cannot be loaded.
@@ -59,15 +52,7 @@ def build_sentencepiece(data: DataOptions) -> TextTransform:
 
 
 def build_model(options: ModelOptions, text_transform: AnyTextTransform) -> E2E:
-    """Builds the recogniser; what is not pretrained has random weights.
-
-    Args:
-        options: Resolved.
-        text_transform: Its vocabulary.
-
-    Returns:
-        The model.
-    """
+    """Builds the recogniser from resolved options; what is not pretrained has random weights."""
     vocabulary = Vocabulary(
         odim=text_transform.odim,
         sos=text_transform.sos,
@@ -79,16 +64,7 @@ def build_model(options: ModelOptions, text_transform: AnyTextTransform) -> E2E:
 
 
 def build_data(options: Options, modality: str, text_transform: AnyTextTransform) -> DataModule:
-    """Makes the data module; reads nothing yet.
-
-    Args:
-        options: Resolved.
-        modality: Streams to read.
-        text_transform: The model's vocabulary.
-
-    Returns:
-        The data module.
-    """
+    """Makes the data module that reads the streams of a modality; reads nothing yet."""
     data, decoder = options.data, options.model.decoder.choice
     train_file = data.train_file
     if train_file and not (Path(data.root_dir) / "labels" / train_file).is_file():
@@ -114,13 +90,8 @@ def check_positions(
 ) -> None:
     """Makes sure, before the weights are loaded, that a prefix of memory fits into LLaMA.
 
-    Args:
-        options: Resolved.
-        data: Its lists have been read.
-        text_transform: The decoder's vocabulary.
-
     Raises:
-        ValueError: If the longest utterance and the prompt leave no position for a text.
+        ValueError: If the data's longest utterance and the prompt leave no position for a text.
     """
     decoder = options.decoder
     if decoder.llama_conditioning != "prefix":

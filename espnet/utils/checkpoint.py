@@ -23,12 +23,6 @@ logger = logging.getLogger(__name__)
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint that holds nothing but tensors and plain values.
 
-    Args:
-        path: File to read.
-
-    Returns:
-        Its content.
-
     Raises:
         ValueError: If the file is missing, is no checkpoint, or holds anything else.
     """
@@ -56,13 +50,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Reads model weights: a plain state dict, or the one inside a training checkpoint.
+    """Reads model weights by the names that the model here gives them.
 
-    Args:
-        path: A `.pth` state dict, a Lightning `.ckpt`, or a dict with `model_state_dict`.
-
-    Returns:
-        Weights by the names that the model here gives them.
+    The file is a `.pth` state dict, a Lightning `.ckpt`, or a dict with `model_state_dict`.
 
     Raises:
         ValueError: As `read_checkpoint`, or if there are no weights.
@@ -94,9 +84,6 @@ def _state_dict(content: dict[str, Any], path: str | Path) -> dict[str, Tensor]:
 def trained_content(model: nn.Module) -> dict[str, Any]:
     """What a checkpoint holds of a model: its weights but those that its bases bring back.
 
-    Args:
-        model: Recogniser.
-
     Returns:
         A plain state dict; for a model with pretrained parts `model_state_dict`, the weights, and
         `bases`, the name and fingerprint of what each part was loaded from.
@@ -110,10 +97,7 @@ def without_bases(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Leaves out of a state dict what loading the model's bases brings back.
 
-    Args:
-        model: Recogniser.
-        state: Its weights by name.
-        prefix: What precedes the model's own names.
+    Its names are the model's own, with `prefix` before them.
 
     Returns:
         The other weights, and name and fingerprint of each base.
@@ -124,12 +108,7 @@ def without_bases(
 
 
 def load_model(model: nn.Module, path: str | Path, content: dict[str, Any] | None = None) -> None:
-    """Loads a checkpoint of the whole model.
-
-    Args:
-        model: Recogniser to fill.
-        path: Checkpoint.
-        content: What it holds, if it has been read.
+    """Loads a checkpoint of the whole model; `content` is what it holds, if it has been read.
 
     Raises:
         ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases.
@@ -142,10 +121,7 @@ def load_model(model: nn.Module, path: str | Path, content: dict[str, Any] | Non
 def check_bases(model: nn.Module, content: Mapping[str, Any], source: str | Path) -> None:
     """Makes sure that a checkpoint was trained on what the model's parts were loaded from.
 
-    Args:
-        model: Recogniser.
-        content: Of the checkpoint; one that holds all weights itself names no bases.
-        source: What the error calls it.
+    One that holds all weights itself names no bases. Errors call the checkpoint `source`.
 
     Raises:
         ValueError: If a part was loaded from something else.
@@ -168,13 +144,9 @@ def load_weights(
     *,
     optional: frozenset[str] | set[str] = frozenset(),
 ) -> None:
-    """Loads weights that must fit the module exactly.
+    """Loads weights, which must fit the module exactly; errors call their origin `source`.
 
-    Args:
-        module: Module to fill.
-        state: Weights by name; those that its bases bring back may be absent.
-        source: What the error calls their origin.
-        optional: Names that may be absent too.
+    Those that the module's bases bring back may be absent, and so may those named `optional`.
 
     Raises:
         ValueError: If names or shapes differ; the first few are named.
@@ -206,13 +178,7 @@ def load_weights(
 def transfer_weights(
     model: nn.Module, path: str | Path, *, frontend: bool = False, encoder: bool = False
 ) -> None:
-    """Starts a model from a checkpoint, or only a part of it.
-
-    Args:
-        model: Recogniser to fill.
-        path: Checkpoint.
-        frontend: Take only the weights of the front-ends that the checkpoint has.
-        encoder: Take only the weights of the encoder.
+    """Starts a model from a checkpoint, or only its front-ends (those that it has) or its encoder.
 
     Raises:
         ValueError: If the checkpoint cannot be read, does not fit, or lacks the part.
@@ -252,10 +218,7 @@ def _brought_back(model: nn.Module, recorded: Mapping[str, Any]) -> set[str]:
 
 
 def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
-    """Averages the weights of several epochs; counters are those of the last.
-
-    Args:
-        paths: Checkpoints of one run, oldest first, at least one.
+    """Averages the weights of epochs of a run, the oldest first; counters are those of the last.
 
     Returns:
         What `trained_content` would give for a model with these weights.

@@ -20,32 +20,20 @@ from espnet.utils.text_normalization import normalizer
 
 @dataclass(frozen=True)
 class Decoded:
-    """The transcript that the search found for one utterance.
+    """The transcript that the search found for one utterance."""
 
-    Attributes:
-        index: Row of the utterance in its label list.
-        hypothesis: Text; empty if the search found nothing.
-        score: Log-score of the hypothesis, None if the search found nothing.
-        seconds: Time that decoding took, shared out over the utterances of the batch.
-    """
-
-    index: int
-    hypothesis: str
-    score: float | None
-    seconds: float
+    index: int  # row of the utterance in its label list
+    hypothesis: str  # text; empty if the search found nothing
+    score: float | None  # log-score of the hypothesis, None if the search found nothing
+    seconds: float  # time that decoding took, shared out over the utterances of the batch
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the model is given.
+    """What the model is given."""
 
-    Attributes:
-        modality: `audio`, `video` or `audiovisual`.
-        snr: Signal-to-noise ratio of the audio in dB; `CLEAN_SNR` is clean.
-    """
-
-    modality: str
-    snr: float = CLEAN_SNR
+    modality: str  # `audio`, `video` or `audiovisual`
+    snr: float = CLEAN_SNR  # signal-to-noise ratio of the audio in dB; `CLEAN_SNR` is clean
 
     @property
     def name(self) -> str:
@@ -56,19 +44,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors of a set of hypotheses, in words or in characters.
+    """Errors of a set of hypotheses, in words or in characters."""
 
-    Attributes:
-        substitutions: Tokens replaced.
-        deletions: Tokens left out.
-        insertions: Tokens too many.
-        reference: Tokens of the references.
-    """
-
-    substitutions: int
-    deletions: int
-    insertions: int
-    reference: int
+    substitutions: int  # tokens replaced
+    deletions: int  # tokens left out
+    insertions: int  # tokens too many
+    reference: int  # tokens of the references
 
     @property
     def rate(self) -> float:
@@ -77,37 +58,24 @@ class ErrorCounts:
 
 
 def count_errors(references: list[str], hypotheses: list[str]) -> tuple[ErrorCounts, ErrorCounts]:
-    """Counts word and character errors, ignoring case as auto_avsr does.
-
-    Args:
-        references: What was said, no text empty.
-        hypotheses: What was found; may be empty.
-
-    Returns:
-        Word and character errors.
-    """
+    """Counts errors in words and in characters, ignoring case as auto_avsr does."""
     references = [text.lower() for text in references]
     hypotheses = [text.lower() for text in hypotheses]
-    counts = []
-    for process in (jiwer.process_words, jiwer.process_characters):
-        found = process(references, hypotheses)
-        counts.append(
-            ErrorCounts(
-                found.substitutions,
-                found.deletions,
-                found.insertions,
-                found.substitutions + found.deletions + found.hits,
-            )
-        )
-    return counts[0], counts[1]
+    words = jiwer.process_words(references, hypotheses)
+    characters = jiwer.process_characters(references, hypotheses)
+    return _error_counts(words), _error_counts(characters)
+
+
+def _error_counts(found: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorCounts:
+    substitutions, deletions = found.substitutions, found.deletions
+    reference = substitutions + deletions + found.hits
+    return ErrorCounts(substitutions, deletions, found.insertions, reference)
 
 
 class ConditionLoaders(pl.LightningDataModule):
     """One loader of the test list for each condition, made once the processes are running.
 
-    Args:
-        conditions: What to give the model.
-        data: For each of their modalities the data module that reads it.
+    Each modality of the conditions has a data module that reads it.
     """
 
     def __init__(self, conditions: Sequence[Condition], data: Mapping[str, DataModule]) -> None:
@@ -126,29 +94,14 @@ class ConditionLoaders(pl.LightningDataModule):
 
 
 def conditions_of(modality: str, snrs: Sequence[float]) -> list[Condition]:
-    """One modality at every noise level; video, which has no noise, once.
-
-    Args:
-        modality: `audio`, `video` or `audiovisual`.
-        snrs: In dB.
-
-    Returns:
-        Conditions.
-    """
+    """One modality at every noise level in dB; video, which has no noise, once."""
     if modality == "video":
         return [Condition(modality)]
     return [Condition(modality, snr) for snr in snrs]
 
 
 def all_conditions(snrs: Sequence[float]) -> list[Condition]:
-    """Every modality at every noise level.
-
-    Args:
-        snrs: In dB.
-
-    Returns:
-        Conditions.
-    """
+    """Every modality at every noise level in dB."""
     modalities = ("audio", "video", "audiovisual")
     return [condition for m in modalities for condition in conditions_of(m, snrs)]
 
@@ -208,14 +161,9 @@ def write_condition(
     output_dir: Path,
     normalize: str = "none",
 ) -> dict:
-    """Writes the hypotheses of a condition and sums up its errors.
+    """Writes the hypotheses of all utterances under a condition and sums up their errors.
 
-    Args:
-        decoded: Results of all utterances.
-        dataset: The test list.
-        condition: What the model was given.
-        output_dir: Folder.
-        normalize: What text goes through before errors are counted; the file has it as it was.
+    Texts are normalised before errors are counted; the file has them as they were.
 
     Returns:
         Summary: condition, normaliser, error rates and counts, real-time factor.

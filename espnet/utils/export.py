@@ -60,17 +60,11 @@ PLACES = (
 
 
 def export(run: Path, out: Path, parser: ArgumentParser) -> list[Path]:
-    """Exports the model of a run.
+    """Exports the model of a run, or of one of its checkpoints, and returns what was written.
 
-    Args:
-        run: Folder of the run, whose averaged weights are taken, or a checkpoint in it.
-        out: Folder to write: `config.yaml`, `model.pth`, the SentencePiece model if there is one,
-            and a folder that transformers can load for each pretrained part; one for both where
-            encoder and decoder are of one Whisper.
-        parser: Ends with an error for options that contradict each other.
-
-    Returns:
-        What was written.
+    `out` gets `config.yaml`, `model.pth`, the SentencePiece model if there is one, and a folder
+    that transformers can load for each pretrained part; one for both where encoder and decoder are
+    of one Whisper. The parser ends with an error for options that contradict each other.
 
     Raises:
         ValueError: If `out` is not empty, or there is no checkpoint, or it cannot be loaded.
@@ -137,9 +131,7 @@ def find_checkpoint(run: Path) -> Path:
 def export_bases(model: "E2E", out: Path) -> dict[str, str]:
     """Writes each pretrained part as transformers would: whole, with the weights that it has now.
 
-    Args:
-        model: Merged; layers that are not used may have been cut off.
-        out: Folder to write to.
+    The model is merged; layers that are not used may have been cut off.
 
     Returns:
         The folder in `out` of each part, by its name in the model.
@@ -173,12 +165,9 @@ def export_bases(model: "E2E", out: Path) -> dict[str, str]:
 def fold_projection(model: "E2E") -> None:
     """Makes the projection between Whisper's encoder and decoder the identity, where it can be.
 
-    With a projection P, b of the memory, keys K (P x + b) are (K P) x and something that is the
-    same for every frame, which attention does not see; values V (P x + b) + v are (V P) x and a
-    bias V b + v.
-
-    Args:
-        model: Its decoder's layers are changed if nothing else sees the memory.
+    It can if nothing but the decoder sees the memory. With a projection P, b of the memory, keys
+    K (P x + b) are (K P) x and something that is the same for every frame, which attention does not
+    see; values V (P x + b) + v are (V P) x and a bias V b + v.
     """
     import torch
     from torch import nn

@@ -14,26 +14,24 @@ BETAS = (0.9, 0.98)
 def parameter_groups(
     model: nn.Module, *, lr: float, lr_pretrained: float | None, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Sorts the trainable parameters by rate and weight decay.
+    """Sorts the trainable parameters by rate and weight decay, those of `lr` first.
 
-    Only the matrices of layers (linear, convolution, embedding, adapter) have weight decay: not
-    norms, biases, gates, nor vectors such as that of a missing stream.
-
-    Args:
-        model: Recogniser.
-        lr: Rate of what starts from random weights.
-        lr_pretrained: Rate of adapters and of parts that come from a checkpoint; None: `lr`.
-        weight_decay: Of the rest.
+    Adapters and parts that come from a checkpoint have `lr_pretrained`; None: `lr`. Only the
+    matrices of layers (linear, convolution, embedding, adapter) have weight decay: not norms,
+    biases, gates, nor vectors such as that of a missing stream.
 
     Returns:
-        Groups for an optimiser, those of `lr` first; none is empty.
+        Groups for an optimiser; none is empty.
     """
     prefixes = tuple(f"{name}." for name in bases(model))
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             adapted = name.startswith(prefixes) or ".lora_" in name
-            groups.setdefault((adapted, not _decays(name, parameter)), []).append(parameter)
+            decays = (
+                name.endswith(".weight") and parameter.ndim > 1
+            )  # Those of norms have one axis.
+            groups.setdefault((adapted, not decays), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -47,16 +45,10 @@ def parameter_groups(
 def build_optimizer(
     name: str, groups: list[dict[str, Any]], *, fused: bool
 ) -> torch.optim.Optimizer:
-    """Builds the optimiser.
+    """Builds `adamw`, which may make its step in one kernel (`fused`), or `adamw8bit`.
 
-    Args:
-        name: `adamw`, or `adamw8bit`, whose moments take a quarter of the memory. Source of the
-            latter: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, ICLR 2022.
-        groups: Of parameters.
-        fused: Whether AdamW may make its step in one kernel.
-
-    Returns:
-        The optimiser.
+    The moments of the latter take a quarter of the memory. Source: Dettmers et al., 8-bit
+    Optimizers via Block-wise Quantization, ICLR 2022.
 
     Raises:
         ValueError: If the name is unknown, or bitsandbytes cannot be imported.
@@ -66,8 +58,3 @@ def build_optimizer(
     elif name == "adamw8bit":
         return load_package("bitsandbytes").optim.AdamW8bit(groups, betas=BETAS)
     raise ValueError(f"optimizer {name!r} is unknown: choose adamw or adamw8bit")
-
-
-def _decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is the matrix of a layer; those of norms have a single axis."""
-    return name.endswith(".weight") and parameter.ndim > 1

@@ -11,14 +11,7 @@ from espnet.utils.options import Options
 
 
 def training_problems(options: Options) -> list[str]:
-    """What is wrong with train.py's options.
-
-    Args:
-        options: As they were given.
-
-    Returns:
-        A sentence a problem; empty if there is none.
-    """
+    """What is wrong with train.py's options as they were given, a sentence a problem."""
     problems = []
     run, data, training = options.run, options.data, options.training
     modality = options.model.encoders.resolved().modality
@@ -65,7 +58,7 @@ def training_problems(options: Options) -> list[str]:
 
 
 def evaluation_problems(options: Options, modality: str | None) -> list[str]:
-    """What is wrong with eval.py's options; arguments and result as for `checkpoint_problems`."""
+    """What is wrong with eval.py's options; as for `checkpoint_problems`."""
     data = options.data
     problems = [] if data.root_dir else ["--root-dir must be given"]
     problems += _data_problems(data, {"--test-file": data.test_file})
@@ -73,14 +66,10 @@ def evaluation_problems(options: Options, modality: str | None) -> list[str]:
 
 
 def checkpoint_problems(options: Options, modality: str | None) -> list[str]:
-    """What is wrong with the options of a model that is to be loaded.
+    """What is wrong with the options of a model that is to be loaded, a sentence a problem.
 
-    Args:
-        options: The modality of the model is what it was trained for, None if nothing tells.
-        modality: Streams to score, those of the model or one of them.
-
-    Returns:
-        A sentence a problem; empty if there is none.
+    The options' modality is what the model was trained for, None if nothing tells; `modality` is
+    what is to be scored: the streams of the model, or one of them.
     """
     path = options.training.pretrained_model_path
     model = options.model

@@ -17,47 +17,36 @@ def snr_title(snr: float) -> str:
 
 
 def wer_table(summaries: list[dict], snrs: list[float]) -> str:
-    """Word error rates as a Markdown table, a row a modality, a column a noise level.
+    """Word error rates as a Markdown table, a row a modality, a column a noise level in dB.
 
-    Args:
-        summaries: Of every condition, as `evaluate` returns them. Video has no noise: its one
-            figure stands in every column.
-        snrs: Columns, in dB.
-
-    Returns:
-        The table.
+    Video has no noise: its one figure stands in every column.
     """
-    rates = {(s["modality"], s["snr"]): s["wer"] for s in summaries}
-    modalities = list(dict.fromkeys(s["modality"] for s in summaries))
     lines = [
         "| WER [%] | " + " | ".join(map(snr_title, snrs)) + " |",
         "| --- |" + " ---: |" * len(snrs),
     ]
-    for modality in modalities:
-        cells = [
-            f"{100 * rates.get((modality, snr), rates.get((modality, CLEAN_SNR))):.1f}"
-            for snr in snrs
-        ]
-        title = "audio-visual" if modality == "audiovisual" else modality
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    for title, rates in _rates(summaries, snrs).items():
+        lines.append(f"| {title} | " + " | ".join(f"{rate:.1f}" for rate in rates) + " |")
     return "\n".join(lines)
 
 
-def plot_wer(summaries: list[dict], snrs: list[float], path: Path) -> None:
-    """Draws word error rates over the noise level, a line a modality.
+def _rates(summaries: list[dict], snrs: list[float]) -> dict[str, list[float]]:
+    """Word error rates in percent at each noise level, by modality."""
+    rates = {(s["modality"], s["snr"]): 100 * s["wer"] for s in summaries}
+    return {
+        "audio-visual" if modality == "audiovisual" else modality: [
+            rates.get((modality, snr), rates.get((modality, CLEAN_SNR))) for snr in snrs
+        ]
+        for modality in dict.fromkeys(s["modality"] for s in summaries)
+    }
 
-    Args:
-        summaries: As in `wer_table`.
-        snrs: In dB.
-        path: PNG file.
-    """
+
+def plot_wer(summaries: list[dict], snrs: list[float], path: Path) -> None:
+    """Draws word error rates over the noise level in dB, a line a modality, to a PNG file."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    rates = {(s["modality"], s["snr"]): 100 * s["wer"] for s in summaries}
     order = sorted(snrs)
-    for modality in dict.fromkeys(s["modality"] for s in summaries):
-        values = [rates.get((modality, snr), rates.get((modality, CLEAN_SNR))) for snr in order]
-        title = "audio-visual" if modality == "audiovisual" else modality
+    for title, values in _rates(summaries, order).items():
         axes.plot(range(len(order)), values, marker="o", label=title)
     axes.set_xticks(range(len(order)), [snr_title(snr) for snr in order])
     axes.set_xlabel("signal-to-noise ratio")
@@ -69,12 +58,7 @@ def plot_wer(summaries: list[dict], snrs: list[float], path: Path) -> None:
 
 
 def plot_learning_curve(metrics: Path, path: Path) -> None:
-    """Draws losses and validation error over the epochs.
-
-    Args:
-        metrics: CSV file of `MetricsTable`.
-        path: PNG file.
-    """
+    """Draws losses and validation error of a `MetricsTable` over the epochs, to a PNG file."""
     rows = read_metrics(metrics)
     figure = Figure(figsize=(6, 4), layout="constrained")
     left = figure.subplots()
@@ -87,13 +71,8 @@ def plot_learning_curve(metrics: Path, path: Path) -> None:
     for axes, column, label, style in curves:
         points = [(int(row["epoch"]) + 1, float(row[column])) for row in rows if row[column]]
         scale = 100 if column == "wer_val" else 1
-        axes.plot(
-            [epoch for epoch, _ in points],
-            [scale * value for _, value in points],
-            style,
-            marker=".",
-            label=label,
-        )
+        epochs, values = [epoch for epoch, _ in points], [scale * value for _, value in points]
+        axes.plot(epochs, values, style, marker=".", label=label)
     left.set_xlabel("epoch")
     left.set_ylabel("loss per utterance")
     right.set_ylabel("word error rate [%]")

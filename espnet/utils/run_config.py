@@ -32,10 +32,6 @@ def parse_eval_args(
     What neither gives has train.py's default. The run's hardware, and the noise levels that it
     was scored at, are not inherited.
 
-    Args:
-        parser: That of eval.py.
-        argv: Command line; None for that of the process.
-
     Returns:
         Options, whose modality is what the model was trained for, None if nothing tells; and the
         modality to score.
@@ -71,13 +67,9 @@ def parse_eval_args(
 
 
 def completed(options: Options) -> Options:
-    """Fills in all that follows from what was given.
+    """Fills in all that follows from what was given, which is free of contradictions.
 
-    Args:
-        options: Free of contradictions.
-
-    Returns:
-        The same, resolved; checkpoints in folders have their whole paths.
+    Checkpoints in folders get their whole paths.
     """
     model = options.model.resolved()
     given = {name: value for name, value in to_flat(model).items() if name in CHECKPOINTS and value}
@@ -119,13 +111,7 @@ def find_vocabulary(options: Options, parser: ArgumentParser) -> Options:
 
 
 def save_config(values: Mapping[str, Any], path: Path, versions: Mapping[str, str]) -> None:
-    """Writes every option, resolved, and the versions of what ran it.
-
-    Args:
-        values: Options by name.
-        path: File to write.
-        versions: Package versions.
-    """
+    """Writes every option by name, resolved, and the versions of the packages that ran it."""
     config = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in sorted(values.items())
@@ -167,13 +153,7 @@ def resumed_from(
 
 
 def load_config(checkpoint: str) -> dict[str, Any]:
-    """Reads the options of the run that a checkpoint belongs to.
-
-    Args:
-        checkpoint: Path of the checkpoint.
-
-    Returns:
-        The options in the config.yaml beside it; empty if there is none.
+    """Reads the options in the config.yaml beside a checkpoint; empty if there is none.
 
     Raises:
         ValueError: If the file holds something else.

@@ -4,18 +4,14 @@ import time
 
 
 class Stopwatch:
-    """Sums up the seconds of what is done one after the other; starts at once."""
+    """Sums up the seconds of parts that follow each other; it starts at once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.monotonic()
 
     def lap(self, name: str) -> None:
-        """Ends a part.
-
-        Args:
-            name: What has been done since the part before.
-        """
+        """Ends a part: what was done since the one before gets a name."""
         now = time.monotonic()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

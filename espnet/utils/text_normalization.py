@@ -1,12 +1,13 @@
 """Normalisers that make reference and hypothesis alike before word errors are counted."""
 
 from collections.abc import Callable
+from functools import partial
 
 NORMALIZERS = ("none", "basic", "whisper")
 
 
 def normalizer(name: str) -> Callable[[str], str]:
-    """Looks up a normaliser of text.
+    """Looks up a normaliser of text by its name.
 
     - `none` leaves text as it is.
     - `basic` is that of the Whisper paper for all languages: lower case, no punctuation and no
@@ -14,9 +15,6 @@ def normalizer(name: str) -> Callable[[str], str]:
     - `whisper` is that for English: moreover, contractions and titles are written out, numbers are
       written in digits, fillers and diacritics are left out. British spelling is kept: the list
       of spellings comes with the checkpoints of Whisper, not with transformers.
-
-    Args:
-        name: `none`, `basic` or `whisper`.
 
     Returns:
         A function of the text, which leaves no space around it unless it is `none`.
@@ -27,29 +25,17 @@ def normalizer(name: str) -> Callable[[str], str]:
     if name not in NORMALIZERS:
         raise ValueError(f"got normalizer {name!r}, expected one of {', '.join(NORMALIZERS)}")
     if name == "none":
-        return _unchanged
+        return str
     # Imported here, so that evaluation without normalisation does without transformers.
     from transformers.models.whisper.english_normalizer import (
         BasicTextNormalizer,
         EnglishTextNormalizer,
     )
 
-    return _Stripped(BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({}))
+    normalize = BasicTextNormalizer() if name == "basic" else EnglishTextNormalizer({})
+    return partial(_stripped, normalize)  # It pickles, unlike a lambda.
 
 
-def _unchanged(text: str) -> str:
-    return text
-
-
-class _Stripped:
-    """Cuts off the space that normalisers leave where punctuation was; pickles, unlike a lambda.
-
-    Args:
-        normalize: The normaliser.
-    """
-
-    def __init__(self, normalize: Callable[[str], str]) -> None:
-        self.normalize = normalize
-
-    def __call__(self, text: str) -> str:
-        return self.normalize(text).strip()
+def _stripped(normalize: Callable[[str], str], text: str) -> str:
+    """Normalises a text and cuts off the space that is left where punctuation was."""
+    return normalize(text).strip()

@@ -71,11 +71,7 @@ NO_SPEECH_SYMBOLS = '"#()*+/:;<=>@[\\]^_`{|}~'
 
 
 def tiny_tokenizers() -> dict[str, PreTrainedTokenizerFast | WhisperTokenizer]:
-    """Trains the tokenizers on sentences of the demo corpus.
-
-    Returns:
-        The tokenizers by the name of the checkpoint.
-    """
+    """Trains tokenizers on the demo corpus's sentences; returns them by the checkpoint's name."""
     plan = draw_speakers({"train": NUM_SENTENCES, "val": 1, "test": 1}, seed=0)
     sentences = [sentence for speaker in plan for sentence in speaker.sentences]
     tokenizer = Tokenizer(models.BPE())
@@ -120,13 +116,9 @@ def _whisper_tokenizer(vocabulary: dict[str, int], merges: list) -> WhisperToken
 def tiny_models(
     tokenizers: dict[str, PreTrainedTokenizerFast | WhisperTokenizer],
 ) -> dict[str, PreTrainedModel]:
-    """Builds the models.
+    """Builds the models, by the name of the encoder or decoder that loads them.
 
-    Args:
-        tokenizers: Those of `tiny_tokenizers`; they tell the sizes of the output layers.
-
-    Returns:
-        The models by the name of the encoder or decoder that loads them.
+    The tokenizers tell the sizes of the output layers.
     """
     clip = CLIPConfig(
         vision_config={**TRANSFORMER, **IMAGES},
@@ -201,15 +193,7 @@ def _whisper(tokenizer: WhisperTokenizer) -> WhisperForConditionalGeneration:
 
 
 def make_tiny_checkpoints(folder: str | Path, seed: int = 0) -> list[str]:
-    """Writes a checkpoint for each pretrained encoder and decoder.
-
-    Args:
-        folder: Where to make the folders of the checkpoints.
-        seed: Of the random weights.
-
-    Returns:
-        The names of these folders.
-    """
+    """Writes a checkpoint for each pretrained part into a folder of its name; returns the names."""
     transformers_logging.disable_progress_bar()
     tokenizers = tiny_tokenizers()
     with torch.random.fork_rng(devices=()):

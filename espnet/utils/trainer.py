@@ -36,13 +36,7 @@ PACKAGES = (
 
 
 def hardware_arguments(options: HardwareOptions) -> dict[str, Any]:
-    """The hardware that a command line asks for, in the trainer's terms.
-
-    Args:
-        options: What to run on.
-
-    Returns:
-        Keyword arguments of `pytorch_lightning.Trainer`.
+    """The hardware that a command line asks for, as keyword arguments of Lightning's trainer.
 
     Raises:
         ValueError: If a GPU is asked for and there is none, or fewer than asked for.
@@ -69,15 +63,9 @@ def hardware_arguments(options: HardwareOptions) -> dict[str, Any]:
 
 
 def build_trainer(options: HardwareOptions, model: nn.Module, **others: Any) -> pl.Trainer:
-    """Builds the trainer; batch norms of the model are synchronised if there are processes.
+    """Builds the trainer of a model, with `others` as its further arguments.
 
-    Args:
-        options: What to run on.
-        model: What is to be trained or scored.
-        **others: What else `pytorch_lightning.Trainer` is to be told.
-
-    Returns:
-        The trainer.
+    Batch norms of the model are synchronised if there are several processes.
 
     Raises:
         ValueError: If Lightning refuses the options.
@@ -100,15 +88,9 @@ def build_trainer(options: HardwareOptions, model: nn.Module, **others: Any) -> 
 
 
 def build_logger(name: str, run_dir: Path, group: str | None) -> Logger | bool:
-    """Builds what draws curves beside metrics.csv.
+    """Builds what draws curves beside metrics.csv; False for `csv` and `none`.
 
-    Args:
-        name: `tensorboard`, `wandb`, or `csv` or `none` for nothing more.
-        run_dir: Folder of the run.
-        group: Group of the run in Weights & Biases.
-
-    Returns:
-        The logger; False for none.
+    Runs in Weights & Biases can have a group.
 
     Raises:
         ValueError: If wandb is not installed.
@@ -140,11 +122,7 @@ def package_versions() -> dict[str, str]:
 
 
 def set_up_logging(*, debug: bool) -> None:
-    """Sets the level of the log and silences Lightning's advertisements.
-
-    Args:
-        debug: Log at debug level.
-    """
+    """Sets the level of the log and silences Lightning's advertisements, if not to debug."""
     transformers_logging.disable_progress_bar()
     logging.basicConfig(
         level=logging.DEBUG if debug else logging.INFO, format="%(levelname)s %(message)s"

@@ -10,74 +10,47 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from espnet.utils.recovery.checkpoint_io import whole_file, write_errors
 
-COLUMNS = {
-    "epoch": None,
-    "step": None,
-    "seconds": None,
-    "lr": None,
-    "loss": "loss",
-    "loss_ctc": "loss_ctc",
-    "loss_att": "loss_att",
-    "decoder_acc": "decoder_acc",
-    "loss_val": "loss_val",
-    "loss_ctc_val": "loss_ctc_val",
-    "loss_att_val": "loss_att_val",
-    "decoder_acc_val": "decoder_acc_val",
-    "wer_val": "wer_val",
-    "bad_clips": "bad_clips",
-    "skipped_utterances": "skipped_utterances",
-    "short_utterances": "short_utterances",
-    "nonfinite_steps": "nonfinite_steps",
-}
+LOGGED = (  # what the model logs
+    *("loss", "loss_ctc", "loss_att", "decoder_acc"),
+    *("loss_val", "loss_ctc_val", "loss_att_val", "decoder_acc_val", "wer_val"),
+    *("bad_clips", "skipped_utterances", "short_utterances", "nonfinite_steps"),
+)
+LINE_STEPS = 50  # between two lines of progress
+COLUMNS = ("epoch", "step", "seconds", "lr", *LOGGED)
 
 
 class MetricsTable(pl.Callback):
-    """Writes a row an epoch to a CSV file; a resumed run goes on where it left off.
-
-    Args:
-        path: File.
-    """
+    """Writes a row an epoch to a CSV file; a resumed run goes on where it left off."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.start = 0.0
 
     @rank_zero_only
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Keeps the rows of the steps that lie behind."""
         rows = [row for row in read_metrics(self.path) if int(row["step"]) <= trainer.global_step]
         self.start = time.time() - (float(rows[-1]["seconds"]) if rows else 0.0)
         with whole_file(self.path) as unfinished, unfinished.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Adds the epoch's row."""
         metrics = trainer.callback_metrics
-        row = {
-            column: f"{float(metrics[name]):.6g}"
-            for column, name in COLUMNS.items()
-            if name in metrics
-        }
+        row = {name: f"{float(metrics[name]):.6g}" for name in LOGGED if name in metrics}
         row["epoch"] = trainer.current_epoch
         row["step"] = trainer.global_step
         row["seconds"] = f"{time.time() - self.start:.1f}"
         row["lr"] = f"{trainer.optimizers[0].param_groups[0]['lr']:.6g}"
         with write_errors(self.path), self.path.open("a", newline="") as file:
-            csv.DictWriter(file, list(COLUMNS), lineterminator="\n").writerow(row)
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Reads the rows that `MetricsTable` wrote.
-
-    Args:
-        path: File; may be missing.
-
-    Returns:
-        A dict of texts by column for each epoch.
-    """
+    """Reads what `MetricsTable` wrote: texts by column for each epoch, none without the file."""
     if not path.is_file():
         return []
     lines = path.read_text().splitlines(keepends=True)
@@ -86,26 +59,14 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 class ProgressLines(pl.Callback):
-    """Prints a line every few steps, where there is no terminal for a progress bar.
-
-    Args:
-        every: Steps between two lines.
-    """
-
-    def __init__(self, every: int = 50) -> None:
-        self.every = every
+    """Prints a line every few steps, where there is no terminal for a progress bar."""
 
     @rank_zero_only
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,
+        self, trainer: pl.Trainer, _module: Any, _outputs: Any, _batch: Any, batch_idx: int
     ) -> None:
         """Prints the training loss."""
-        if (batch_idx + 1) % self.every == 0:
+        if (batch_idx + 1) % LINE_STEPS == 0:
             loss = float(trainer.callback_metrics.get("loss_step", float("nan")))
             print(
                 f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs} "
@@ -114,7 +75,7 @@ class ProgressLines(pl.Callback):
             )
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Prints the epoch's figures."""
         metrics = trainer.callback_metrics
         names = ("loss", "loss_val", "decoder_acc_val", "wer_val")

@@ -39,13 +39,8 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Writes a checkpoint; what has its name stays until the new one is complete.
 
-        Args:
-            checkpoint: What to save.
-            path: File.
-            storage_options: Must be None, as for Lightning's own class.
-
         Raises:
-            TypeError: If there are storage options.
+            TypeError: If there are storage options: Lightning's own class refuses them too.
             WriteError: If it cannot be written.
         """
         if storage_options is not None:
@@ -60,16 +55,7 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
         map_location: Any = "cpu",
         weights_only: bool | None = True,  # noqa: ARG002
     ) -> dict[str, Any]:
-        """Reads a checkpoint, never anything but tensors and plain values.
-
-        Args:
-            path: File.
-            map_location: As for `torch.load`.
-            weights_only: Is True whatever is asked for.
-
-        Returns:
-            Its content.
-        """
+        """Reads a checkpoint: tensors and plain values only, whatever `weights_only` says."""
         if (content := self._read.pop(str(path), None)) is not None:
             return content
         return super().load_checkpoint(path, map_location, weights_only=True)
@@ -77,10 +63,6 @@ class WholeFileCheckpointIO(TorchCheckpointIO):
 
 def save_whole(content: Any, path: str | Path) -> None:
     """Saves with `torch.save` into a file that is whole or not there.
-
-    Args:
-        content: What to save.
-        path: File.
 
     Raises:
         WriteError: If it cannot be written.
@@ -94,13 +76,7 @@ def save_whole(content: Any, path: str | Path) -> None:
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Gives a name to write to, and renames the file once it is complete and on the disk.
 
-    The name is always the same: what a killed process has left there is overwritten.
-
-    Args:
-        path: File.
-
-    Yields:
-        Name in the same folder.
+    The name, in the same folder, is always the same: what a killed process has left is overwritten.
 
     Raises:
         WriteError: If it cannot be written.
@@ -120,10 +96,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: str | Path) -> Iterator[None]:
-    """Turns errors of writing into one that says what to do.
-
-    Args:
-        path: What is written.
+    """Turns errors of writing a file into one that says what to do.
 
     Raises:
         WriteError: Instead of an OSError, or of an error of torch's writer.
@@ -139,11 +112,7 @@ def write_errors(path: str | Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what a killed process was writing.
-
-    Args:
-        folder: Of the run.
-    """
+    """Removes what a killed process was writing to the folder of a run."""
     for path in folder.glob(f"*{UNFINISHED}"):
         path.unlink()
 

@@ -30,8 +30,7 @@ logger = logging.getLogger(__name__)
 class FailedBatch(pl.Callback):
     """Writes the batch of a step that raised an error to `failed_batch.json`.
 
-    Args:
-        folder: Of the run; None writes nothing.
+    It is written to the folder of the run; None writes nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -41,12 +40,7 @@ class FailedBatch(pl.Callback):
         self._file: Path | None = None
 
     def begin(self, batch: dict[str, Any], number: int | None) -> None:
-        """Notes what is being computed.
-
-        Args:
-            batch: As `collate_pad` makes it.
-            number: Of the batch within its epoch; None before the first epoch.
-        """
+        """Notes a batch and its number within the epoch, which is None before the first epoch."""
         self._begun = batch, number
 
     def end(self) -> None:
@@ -54,25 +48,16 @@ class FailedBatch(pl.Callback):
         self._begun = None
 
     def on_train_batch_start(
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        batch: dict[str, Any],
-        batch_idx: int,
+        self, _trainer: Any, _module: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        """Begins."""
+        """Notes the batch of a step."""
         self.begin(batch, batch_idx)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Ends."""
+        """Notes that the step went well."""
         self.end()
 
-    def on_exception(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        exception: BaseException,
-    ) -> None:
+    def on_exception(self, trainer: pl.Trainer, _module: Any, exception: BaseException) -> None:
         """Writes the file and a line to the log, if a step was under way."""
         if self._begun is None or not isinstance(exception, Exception):
             return
@@ -101,11 +86,7 @@ class FailedBatch(pl.Callback):
         logger.error("A batch of %s failed: its utterances are named in %s", size, path)
 
     def remedy(self, error: BaseException, options: Options) -> str | None:
-        """Says in a line what to do about an error, if it was a lack of memory, here or elsewhere.
-
-        Args:
-            error: What `Trainer.fit` has raised.
-            options: Of the run.
+        """Says in a line what to do if `Trainer.fit` lacked memory, here or elsewhere.
 
         Returns:
             The line; None for other errors.

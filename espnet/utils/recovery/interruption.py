@@ -16,12 +16,7 @@ from datamodule.loaders import STOPPING_SIGNALS
 
 
 class Interrupted(Exception):
-    """A signal has ended the run, after its state was saved.
-
-    Args:
-        number: Of the signal.
-        state: What was saved, in words.
-    """
+    """A signal, `number`, has ended the run; `state` says in words what was saved before."""
 
     def __init__(self, number: int, state: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}: {state}")
@@ -31,14 +26,11 @@ class Interrupted(Exception):
 class Interruption(pl.Callback):
     """Saves `last.ckpt` after a step, and ends the run after that if a signal asks for it.
 
-    Processes may get a signal in different steps, or only one of them gets it. So each tells the
-    others with a reduction that every step makes (`ModelModule.wishes`), and all of them save
-    after the same step. In validation they may have different numbers of batches: a signal waits
-    until it is over, and the checkpoint of the epoch is there.
-
-    Args:
-        path: File.
-        minutes: Between two saves.
+    It also saves every few minutes. Processes may get a signal in different steps, or only one of
+    them gets it. So each tells the others with a reduction that every step makes
+    (`ModelModule.wishes`), and all of them save after the same step. In validation they may have
+    different numbers of batches: a signal waits until it is over, and the checkpoint of the epoch
+    is there.
     """
 
     def __init__(self, path: Path, minutes: float) -> None:
@@ -67,25 +59,20 @@ class Interruption(pl.Callback):
         for number in STOPPING_SIGNALS:
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._received.add(number)
 
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_sanity_check_start(self, *_: Any) -> None:
         """Replaces Lightning's handlers: they end in a collective call, or requeue the job."""
         self._listen()
 
-    def on_load_checkpoint(
-        self,
-        trainer: pl.Trainer,  # noqa: ARG002
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        checkpoint: dict[str, Any],
-    ) -> None:
+    def on_load_checkpoint(self, _trainer: Any, _module: Any, checkpoint: dict[str, Any]) -> None:
         """Keeps the place in the data, and how the data was shared out."""
         places = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader")
         self._place = places[0] if places else None
         self._shares = checkpoint.get("shares")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Replaces handlers where there is no sanity check, too, and finds the place in the data.
 
         Lightning itself forgets the place if an optimiser is built that knows its number of steps.
@@ -102,13 +89,9 @@ class Interruption(pl.Callback):
         self._saved_at = time.monotonic()
 
     def on_train_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Says what this process wants; only one looks at the clock."""
+        """Says what this process wants; only the first one watches for the time to save."""
         due = trainer.is_global_zero and time.monotonic() - self._saved_at >= self.seconds
         pl_module.wishes = [*self._wishes(), float(due)]
 
@@ -119,8 +102,8 @@ class Interruption(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
+        _outputs: Any,
+        _batch: Any,
         batch_idx: int,
     ) -> None:
         """Saves if any process wanted it, but never between the batches of one step."""
@@ -136,17 +119,14 @@ class Interruption(pl.Callback):
         self._stop_if_agreed(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, {of_epoch}")
 
     def on_save_checkpoint(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,  # noqa: ARG002
-        checkpoint: dict[str, Any],
+        self, trainer: pl.Trainer, _module: Any, checkpoint: dict[str, Any]
     ) -> None:
         """Leaves the validation to be done, if the batch is the last of its epoch."""
         checkpoint["shares"] = _shares(trainer)
         if self._saving and trainer.is_last_batch:
             put_before_validation(checkpoint["loops"]["fit_loop"])
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
+    def on_train_epoch_end(self, *_: Any) -> None:
         """Notes that the checkpoint of an epoch is about to be written."""
         self._epoch_is_over = True
         self._saved_at = time.monotonic()
@@ -159,7 +139,7 @@ class Interruption(pl.Callback):
             self._stop_if_agreed(f"epoch {trainer.current_epoch}/{trainer.max_epochs}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Does so after the last epoch: what would follow is not begun."""
+        """Ends the run if a signal came in the last epoch: what would follow is not begun."""
         self._agree(trainer, pl_module)
         self._stop_if_agreed(f"epoch {trainer.current_epoch}/{trainer.max_epochs}")
 
@@ -197,10 +177,7 @@ def put_before_validation(fit_loop: dict[str, Any]) -> None:
     """Turns the state after the last batch of an epoch into one that goes on with its validation.
 
     Lightning takes the state after a last batch, as its loops give it, for that of an epoch that
-    is over, validation and all.
-
-    Args:
-        fit_loop: State of Lightning's loops; changed in place.
+    is over, validation and all. The state is changed in place.
     """
     for counts in ("total", "current"):
         batches = fit_loop["epoch_loop.batch_progress"][counts]
@@ -212,10 +189,9 @@ def put_before_validation(fit_loop: dict[str, Any]) -> None:
 
 @contextmanager
 def ending_together(trainer: pl.Trainer) -> Iterator[None]:
-    """Ends the processes that this one has started, if an error ends it: they would wait for it.
+    """Ends the processes that the trainer has started if an error ends this one.
 
-    Args:
-        trainer: What has started them.
+    They would wait for it for ever.
     """
     try:
         yield
@@ -228,10 +204,8 @@ def ending_together(trainer: pl.Trainer) -> Iterator[None]:
 def exit_interrupted(stop: Interrupted, *, is_first: bool) -> None:
     """Ends this process as a shell reports a signal.
 
-    Args:
-        stop: What has happened.
-        is_first: Whether this is the first process. The others end with 0: Lightning watches them,
-            and kills the first one at once if they end with anything else.
+    All processes but the first end with 0: Lightning watches them, and kills the first one at once
+    if they end with anything else.
 
     Raises:
         SystemExit: Always.

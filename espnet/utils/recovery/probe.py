@@ -20,10 +20,7 @@ class ProbeBatch(pl.Callback):
     """Computes the loss and gradients of the largest batches before the first step.
 
     It leaves no trace: weights, statistics, gradients, the optimiser's state, random generators
-    and the order of the data are as they were.
-
-    Args:
-        failed: What names the batch if it fails.
+    and the order of the data are as they were. `failed` names a batch that fails.
     """
 
     def __init__(self, failed: FailedBatch) -> None:
