@@ -379,8 +379,9 @@ class E2E(FreezableModule):
             loss_ctc = self.decoder.prefix_loss(memory, lengths, targets)
         if self.ctc_alone and self.training:
             # Processes that train together wait for a gradient of every parameter.
-            nothing = sum(p.sum() * 0.0 for p in self.decoder.parameters() if p.requires_grad)
-            return loss_ctc + nothing, loss_ctc, nothing, loss_ctc.new_zeros(())
+            trained = (p for p in self.decoder.parameters() if p.requires_grad)
+            nothing = sum((p.sum() * 0.0 for p in trained), memory.new_zeros(()))
+            return loss_ctc + nothing, loss_ctc, nothing, memory.new_zeros(())
         loss_att, accuracy = self._decoder_loss(encoded, targets)
         loss = self.ctc_weight * loss_ctc + (1 - self.ctc_weight) * loss_att
         return loss, loss_ctc, loss_att, accuracy
