@@ -46,7 +46,7 @@ def train_arguments(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_checkpoints(tmp_path_factory):
-    """Folder of tiny checkpoints with random weights: vit, clip, whisper, wavlm and llama."""
+    """Folder of tiny checkpoints with random weights, one for each pretrained part."""
     from espnet.utils.tiny_checkpoints import make_tiny_checkpoints
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -8,6 +8,7 @@ from datamodule.loaders import model_inputs
 from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_weights, read_state_dict
 from lightning import ModelModule
+from tests.tables import PRETRAINED
 
 ENCODERS = {
     "resnet_resnet1d": ("resnet", "resnet1d"),
@@ -21,7 +22,6 @@ DECODERS = {
     "llama_prefix": ["--decoder", "llama", "--llama-conditioning", "prefix", TRAINED],
     "whisper": ["--decoder", "whisper", TRAINED],
 }
-PRETRAINED = ("vit", "clip", "whisper", "wavlm", "llama")
 STEPS = 800
 
 

@@ -24,6 +24,7 @@ from espnet.utils.checkpoint import read_state_dict
 from espnet.utils.options import train_parser
 from espnet.utils.recipes import DEMO_OPTIONS, RECIPES, demo_options
 from tests.causal_lm_cases import make_checkpoint
+from tests.tables import PRETRAINED
 from tests.test_train_and_eval import error_of
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +39,7 @@ def arguments(train_arguments, tiny_checkpoints):
         for stream, encoder in (("vision", vision), ("audio", audio)):
             if encoder is not None:
                 words += [f"--{stream}-encoder", encoder]
-            if encoder in ("vit", "clip", "whisper", "wavlm"):
+            if encoder in PRETRAINED:
                 words += [f"--{stream}-encoder-name", str(tiny_checkpoints / encoder)]
         return [*words, *more]
 

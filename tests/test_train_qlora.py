@@ -17,6 +17,7 @@ from espnet.nets.pytorch_backend.qlora_utils import parameter_report
 from espnet.utils.building import build_data, build_model, build_text_transform
 from espnet.utils.checkpoint import load_model, trained_content, transfer_weights
 from tests.adapted_cases import adapters, changed, other_values, snapshot
+from tests.tables import PRETRAINED
 from tests.test_every_combination import module_of
 from tests.test_train_and_eval import error_of, run_script, state_of
 
@@ -28,7 +29,7 @@ def flags(tiny_checkpoints, vision=None, audio=None, decoder=None):
     for flag, name in (("--vision-encoder", vision), ("--audio-encoder", audio)):
         if name:
             words += [flag, name]
-        if name in ("vit", "clip", "whisper", "wavlm"):
+        if name in PRETRAINED:
             words += [f"{flag}-name", str(tiny_checkpoints / name)]
     if decoder:
         words += ["--decoder", decoder, "--decoder-name", str(tiny_checkpoints / decoder)]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from espnet.nets.contract import Interface
+from espnet.nets.pytorch_backend.encoded import Video
 
 State = Any
 """A nested dict, list or tuple of tensors; only the scorer that made it looks into it."""
@@ -30,16 +31,15 @@ class ScorerInterface(Interface, abstract=True):
         memory: torch.Tensor,
         memory_lengths: torch.Tensor,
         beam_size: int,
+        video: Video | None = None,
     ) -> State:
         """Prepare the state of hypotheses that hold nothing but the start symbol.
-
-        Where a model has video beside the memory (`Encoded.video`), its scorers get it too, as the
-        keyword argument ``video``.
 
         Args:
             memory: Encoder output (B, T, D), padded at the end.
             memory_lengths: Frames of each utterance (B,), int64, on the host.
             beam_size: Hypotheses per utterance, K.
+            video: Only of models that have it beside the memory (`Encoded.video`).
 
         Returns:
             The state for N = B * K hypotheses.

@@ -175,7 +175,8 @@ def fold_projection(model: "E2E") -> None:
     projection = model.proj_encoder
     between = [model.encoder, model.ctc]  # They would see another memory.
     is_identity = isinstance(model.decoder.memory_projection, nn.Identity)
-    square = projection.in_features == projection.out_features
+    is_linear = isinstance(projection, nn.Linear)  # as that of concatenation
+    square = is_linear and projection.in_features == projection.out_features
     if any(part is not None for part in between) or not is_identity or not square:
         return
     with torch.no_grad():

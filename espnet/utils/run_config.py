@@ -51,6 +51,8 @@ def parse_eval_args(
         run["whisper_margin"] = 0.0  # The run is older than the option.
     if given.whisper_pad_30s or given.whisper_margin is not None:
         run = {name: run[name] for name in run.keys() - {"whisper_pad_30s", "whisper_margin"}}
+    if given.ctc_decode_weight is not None:  # The run's followed from another weight.
+        run.pop("stop_repeats", None)
     if given.sp_model_path:  # The run's units belong to its own model.
         run.pop("dict_path", None)
     for name in ("sp_model_path", "dict_path", "noise_file"):  # The run may come from elsewhere.

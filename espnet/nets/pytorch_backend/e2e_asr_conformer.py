@@ -26,6 +26,7 @@ from espnet.nets.pytorch_backend.frontend.vit_encoder import ViTEncoder
 from espnet.nets.pytorch_backend.frontend.wavlm_encoder import WavLMEncoder
 from espnet.nets.pytorch_backend.frontend.whisper_encoder import WhisperEncoder
 from espnet.nets.pytorch_backend.fusion.concat import ConcatFusion
+from espnet.nets.pytorch_backend.fusion.interface import FusionInterface
 from espnet.nets.pytorch_backend.nets_utils import FreezableModule, has_bfloat16, send
 from espnet.nets.pytorch_backend.qlora_utils import adapt_parts
 from espnet.nets.pytorch_backend.resampling import resample, resampled_lengths, resampled_width
@@ -96,7 +97,7 @@ def _of_checkpoint(options: ModelOptions, *, freeze: bool, quantize: bool) -> di
     }
 
 
-def build_fusion(options: ModelOptions, widths: Mapping[str, int], adim: int) -> nn.Module:
+def build_fusion(options: ModelOptions, widths: Mapping[str, int], adim: int) -> FusionInterface:
     """Builds what makes one sequence of features out of those of the streams.
 
     Args:

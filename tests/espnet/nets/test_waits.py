@@ -5,6 +5,7 @@ import torch
 
 from espnet.nets import decoders
 from espnet.nets.encoders import AUDIO_ENCODERS, VISION_ENCODERS
+from espnet.nets.model_options import FUSIONS
 from espnet.nets.pytorch_backend.encoded import Encoded, Video
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
@@ -19,6 +20,7 @@ MODELS = {
     **{name: {"modality": "video", "vision_encoder": name} for name in VISION_ENCODERS},
     **{name: {"modality": "audio", "audio_encoder": name} for name in AUDIO_ENCODERS},
     "audiovisual": AUDIOVISUAL,
+    **{name: {**AUDIOVISUAL, "fusion": name} for name in FUSIONS},
     "modality_dropout": {**AUDIOVISUAL, "modality_dropout": (0.5, 0.4)},
     "50_hz": {**AUDIOVISUAL, "frame_rate": 50},
     "clip_whisper": {**adapted_cases.CLIP_WHISPER, **FINE_TUNED, "whisper_margin": 0.1},

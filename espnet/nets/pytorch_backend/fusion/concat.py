@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from espnet.nets.pytorch_backend.fusion.interface import FusionInterface
 
-class ConcatFusion(nn.Linear):
+
+class ConcatFusion(FusionInterface, nn.Linear):
     """Concatenates the features of the streams and projects them, as auto_avsr does.
 
     Args:
@@ -15,24 +17,16 @@ class ConcatFusion(nn.Linear):
     """
 
     def __init__(self, widths: Mapping[str, int], adim: int) -> None:
-        super().__init__(sum(widths.values()), adim)
+        nn.Linear.__init__(self, sum(widths.values()), adim)
         self.streams = tuple(widths)
 
     def pass_on_last(self) -> None:
-        """Makes it give the last D of the concatenated features as they are."""
+        """See `FusionInterface`."""
         with torch.no_grad():
             self.weight.zero_()
             self.bias.zero_()
             self.weight[:, -self.out_features :].fill_diagonal_(1.0)
 
     def forward(self, features: Mapping[str, Tensor], lengths: Tensor) -> Tensor:  # noqa: ARG002
-        """Fuses.
-
-        Args:
-            features: Of each stream, (B, T, D of the stream), padded with anything.
-            lengths: Real frames, (B,), on the host: for fusions over time.
-
-        Returns:
-            Fused features, (B, T, D).
-        """
-        return super().forward(torch.cat([features[s] for s in self.streams], dim=-1))
+        """Concatenates and projects. See `FusionInterface`."""
+        return nn.Linear.forward(self, torch.cat([features[s] for s in self.streams], dim=-1))

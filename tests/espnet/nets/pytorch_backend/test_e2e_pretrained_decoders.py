@@ -9,6 +9,7 @@ from espnet.nets import batch_beam_search
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
+from tests.tables import PRETRAINED
 
 WIDTH = 64  # of the tiny checkpoints
 FRAMES = [7, 5]
@@ -53,7 +54,7 @@ def make(tiny_checkpoints, transforms):
         vocabulary = transforms[decoder]
         options = {**SIZES, **DECODERS[decoder], **options}
         for word in ("vision_encoder", "audio_encoder", "decoder"):
-            if options.get(word) in ("vit", "clip", "whisper", "wavlm", "llama"):
+            if options.get(word) in PRETRAINED:
                 options[f"{word}_name"] = str(tiny_checkpoints / options[word])
         torch.manual_seed(0)
         return E2E.from_keywords(
