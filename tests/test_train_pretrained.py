@@ -458,6 +458,21 @@ def test_mistakes_about_decoders_are_one_line(
     assert not (Path(with_decoder("x", "llama")[1]) / "mistake").exists()
 
 
+def test_the_recipe_of_a_language_model(corpus, tiny_checkpoints, monkeypatch):
+    monkeypatch.setattr(train, "make_corpus", lambda *_: None)
+    words = ["--demo", "--recipe", "llama", "--root-dir", str(corpus), "--fast-dev-run"]
+    words += ["--audio-encoder-name", str(tiny_checkpoints / "whisper"), "--num-workers", "0"]
+    words += ["--decoder-name", str(tiny_checkpoints / "llama")]
+    options = to_flat(train.parse_args(words)[0])
+    expected = {
+        **RECIPES["llama"].options,
+        **{"modality": "audio", "ctc_weight": 0.2, "ctc_decode_weight": 0.0, "beam_size": 5},
+        **{"qlora_parts": ("audio", "decoder"), "train_file": "train.csv", "frame_rate": 25},
+    }
+    assert {name: options[name] for name in expected} == expected
+    train.main(words)
+
+
 def test_ctc_is_trained_alone_at_first(with_decoder):
     words = with_decoder("ctc_first", "llama", "--llama-conditioning", "prefix")
     train.main([*words, "--llama-prefix-ctc", "--ctc-first-epochs", "1", "--max-epochs", "2"])

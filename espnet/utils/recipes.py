@@ -80,6 +80,33 @@ RECIPES = {
             "decode_snr_target": [CLEAN_SNR],
         },
     ),
+    # A language model that reads a prefix. Aligned by CTC first, the prefix resembles the words, and
+    # the language model listens from its first steps on; else it writes sentences of its own.
+    "llama": Recipe(
+        {
+            "audio_encoder": "whisper",
+            "decoder": "llama",
+            "llama_conditioning": "prefix",
+            "llama_downsample": 2,
+            "llama_prefix_ctc": True,
+            "ctc_first_epochs": 2,
+            "adim": None,
+            "elayers": 0,
+            "use_lora": True,
+            "lr": 1e-3,
+            "lr_pretrained": 1e-3,
+            "max_frames": 800,
+            "max_epochs": 3,
+            "warmup_epochs": 0.2,
+            "average_epochs": 1,
+        },
+        {
+            "exp_name": "demo_llama",
+            "gradient_checkpointing": False,
+            "beam_size": 5,
+            "decode_snr_target": [CLEAN_SNR],
+        },
+    ),
 }
 
 
