@@ -80,8 +80,8 @@ RECIPES = {
             "decode_snr_target": [CLEAN_SNR],
         },
     ),
-    # A language model that reads a prefix. Aligned by CTC first, the prefix resembles the words, and
-    # the language model listens from its first steps on; else it writes sentences of its own.
+    # A language model that reads a prefix. Aligned by CTC first, the prefix resembles the words,
+    # and the language model listens from its first steps on; else it writes its own sentences.
     "llama": Recipe(
         {
             "audio_encoder": "whisper",
