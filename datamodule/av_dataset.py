@@ -87,7 +87,8 @@ class AVDataset(Dataset):
             that is skipped.
 
         Raises:
-            MediaError: The clip cannot be read, or its audio and video differ by more than 0.2 s.
+            MediaError: The clip cannot be read, or its audio and video are not of one length and do
+                not end at one time either, within 0.2 s.
             ValueError: The clip does not fit the transforms, or its text gives no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
@@ -166,7 +167,7 @@ class AVDataset(Dataset):
         audio = self.source.audio(path) if self.audio_transform else None  # (S,)
         self._check_length(path, video, audio)
         if video is not None and audio is not None:
-            audio = _fit_to_video(audio, len(video), path)
+            audio = self._fit_to_video(audio, len(video), path)
         streams = {}
         if audio is not None:
             streams["audio"] = self.audio_transform(audio, generator, exclude=path)
@@ -177,14 +178,20 @@ class AVDataset(Dataset):
                 raise ValueError(f"{path}: {error}") from None
         return streams
 
+    def _fit_to_video(self, audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:
+        """Cut audio (S,) or pad it with zeros to the length of the video: (640 T,).
 
-def _fit_to_video(audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:
-    """Cut audio (S,) or pad it with zeros to the length of the video: (640 T,)."""
-    missing = num_frames * SAMPLES_PER_FRAME - len(audio)
-    if abs(missing) > MAX_DRIFT:
-        raise MediaError(
-            path,
-            f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
-            f"{len(audio) / AUDIO_RATE:.2f} s, expected a difference of at most 0.2 s",
-        )
-    return F.pad(audio, (0, missing)) if missing > 0 else audio[: num_frames * SAMPLES_PER_FRAME]
+        Streams of one length that start at different times, as a cut without encoding leaves them,
+        belong together though they do not end together.
+        """
+        missing = num_frames * SAMPLES_PER_FRAME - len(audio)
+        if abs(missing) > MAX_DRIFT:
+            start = self.source.audio_start(path)
+            if abs(missing + start) > MAX_DRIFT:
+                raise MediaError(
+                    path,
+                    f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
+                    f"{(len(audio) - start) / AUDIO_RATE:.2f} s, expected a difference of at most "
+                    "0.2 s",
+                )
+        return F.pad(audio, (0, missing))  # A negative number cuts.

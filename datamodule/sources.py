@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from datamodule.label_list import LabelList
-from datamodule.media import MediaError, find_audio, read_audio, read_video, wav_beside
+from datamodule.media import MediaError, audio_start, find_audio, read_audio, read_video, wav_beside
 from datamodule.options import SOURCES, DataOptions
 
 MOST_LISTED = 8  # entries of a folder for each file that is looked for in it
@@ -28,7 +28,10 @@ class Source(Protocol):
         """Return the frames, uint8 (T, H, W), 25 a second."""
 
     def audio(self, path: str) -> torch.Tensor:
-        """Return the samples, float32 (S,), at 16 kHz."""
+        """Return the samples, float32 (S,), at 16 kHz; the first is at the time of frame 0."""
+
+    def audio_start(self, path: str) -> int:
+        """Tell by how many samples the sound itself starts after frame 0, negative if before."""
 
 
 def build_source(options: DataOptions) -> Source:
@@ -70,6 +73,11 @@ class FileSource:
     def audio(self, path: str) -> torch.Tensor:
         """See `Source`."""
         return read_audio(find_audio(path))
+
+    def audio_start(self, path: str) -> int:
+        """See `Source`; a WAV beside the video starts with it."""
+        sound = find_audio(path)
+        return audio_start(sound) if sound == path else 0
 
 
 def _files_in(folder: str, *, limit: int) -> set[str]:

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from media_files import make_picture, make_speech, write_sound_track
+from media_files import make_picture, make_speech, write_flash_and_click, write_sound_track
 
 from datamodule.av_dataset import AVDataset
 from datamodule.label_list import LabelList
@@ -115,6 +115,28 @@ def test_streams_of_different_length(make_dataset, corpus, extra):
     with pytest.raises(MediaError, match=r"0.mp4: the video lasts 0.80 s and the audio \d"):
         make_dataset()[0]
     assert make_dataset(streams=("audio",))[0] is not None
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(("video_start", "audio_start"), [(0, 0.16), (0, 1.0), (0.6, 0)])
+def test_flash_and_click_stay_together(make_dataset, corpus, suffix, video_start, audio_start):
+    path = corpus.root / "set" / f"a.{suffix}"
+    at = video_start + 1.8
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start, at=at)
+    item = make_dataset(corpus.write_list("one.csv", [f"set,a.{suffix},75,1"]))[0]
+    flash = (item["video"].mean((1, 2, 3)) > 0).int().argmax().item() / 25
+    click = (item["audio"] > 0.4).int().argmax().item() / 16000
+    assert flash == pytest.approx(1.8)
+    assert click == pytest.approx(flash, abs=0.01)
+    assert item["audio"].shape == (640 * 75, 1)
+
+
+def test_a_sound_track_that_ends_early(make_dataset, corpus):
+    samples = np.full((1, 640 * 20), 0.1, np.float32)
+    write_sound_track(corpus.root / "set" / "a.mp4", samples, frames=make_picture(40))
+    dataset = make_dataset(corpus.write_list("one.csv", ["set,a.mp4,40,1"]))
+    with pytest.raises(MediaError, match=r"a.mp4: the video lasts 1.60 s and the audio 0.8"):
+        dataset[0]
 
 
 @pytest.mark.parametrize("streams", [("video",), ("audio",)])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from media_files import make_picture, make_speech, write_sound_track
+from media_files import make_picture, make_speech, write_flash_and_click, write_sound_track
 
 from datamodule import media
 from datamodule.media import (
@@ -267,3 +267,80 @@ def test_frames_may_differ_in_range(tmp_path, monkeypatch):
     video = read_video(tmp_path / "a.mp4")
     assert video[:, 0, 0].tolist() == [128, 126, 126, 128, 126]
     assert (video == video[:, :1, :1]).all()
+
+
+def flash_and_click(path):
+    """Return when the flash and the click begin, in seconds from the first frame."""
+    bright = read_video(path).float().mean((1, 2)) > 128
+    loud = read_audio(path) > 0.4
+    return bright.int().argmax().item() / 25, loud.int().argmax().item() / 16000
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("video_start", "audio_start"), [(0, 0), (0, 0.16), (0, 1.0), (0.5, 0), (0.3, 0.7), (5, 5.4)]
+)
+def test_streams_that_start_at_different_times(tmp_path, suffix, video_start, audio_start):
+    path = tmp_path / f"a.{suffix}"
+    at = video_start + 2.0
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start, at=at)
+    flash, click = flash_and_click(path)
+    assert flash == pytest.approx(2.0)
+    assert click == pytest.approx(2.0, abs=0.01)
+    assert len(read_video(path)) == 75
+    expected = audio_start - video_start
+    assert media.audio_start(path) / 16000 == pytest.approx(expected, abs=0.065)  # one AAC frame
+    assert len(read_audio(path)) / 16000 == pytest.approx(3 + expected, abs=0.1)
+
+
+@pytest.mark.parametrize("fps", [25, 30])
+@pytest.mark.parametrize("gap", [(0.4, 1.4), (1.0, 1.9), (2.3, 2.7)])
+def test_gaps_in_the_streams(tmp_path, fps, gap):
+    path = tmp_path / "a.mkv"
+    write_flash_and_click(path, fps=fps, gap=gap)
+    flash, click = flash_and_click(path)
+    assert flash == pytest.approx(2.0, abs=0.02)
+    assert click == pytest.approx(2.0, abs=0.01)
+    assert len(read_video(path)) == 75
+    assert len(read_audio(path)) == pytest.approx(48000, abs=1100)
+
+
+def test_a_small_difference_of_starts_changes_no_sample(tmp_path):
+    for name, start in [("a", 0.0), ("b", 0.016)]:
+        write_flash_and_click(tmp_path / f"{name}.mkv", audio_start=start, at=2.0 + start)
+    assert torch.equal(read_audio(tmp_path / "a.mkv"), read_audio(tmp_path / "b.mkv"))
+
+
+def test_time_stamps_that_jump(tmp_path):
+    write_flash_and_click(tmp_path / "a.mkv", audio_start=90, at=91)
+    with pytest.raises(MediaError, match="time stamps jump by 90 s, expected gaps of at most 60 s"):
+        read_audio(tmp_path / "a.mkv")
+    encode(tmp_path / "b.mkv", make_picture(2), times=[0, 100000])
+    with pytest.raises(MediaError, match="time stamps jump by 100 s"):
+        read_video(tmp_path / "b.mkv")
+
+
+def test_sound_that_ends_before_the_video_starts(tmp_path):
+    write_flash_and_click(tmp_path / "a.mkv", video_start=4, at=4)
+    with pytest.raises(MediaError, match="the sound ends before the video starts"):
+        read_audio(tmp_path / "a.mkv")
+
+
+def test_a_cover_picture_does_not_move_the_sound(tmp_path):
+    with av.open(str(tmp_path / "a.mp3"), "w") as container:
+        audio = container.add_stream("mp3", rate=16000)
+        audio.codec_context.layout = "mono"
+        cover = container.add_stream("png", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "rgb24"
+        container.start_encoding()
+        frame = av.VideoFrame.from_ndarray(make_picture(1)[0], format="rgb24")
+        frame.pts = 0
+        container.mux(cover.encode(frame))
+        container.mux(cover.encode(None))
+        sound = av.AudioFrame.from_ndarray(make_speech(16000)[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = 16000, 0
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+    assert media.audio_start(tmp_path / "a.mp3") == 0
+    assert abs(len(read_audio(tmp_path / "a.mp3")) - 16000) < 3000
