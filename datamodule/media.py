@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,14 +55,15 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first video stream of a file to grey frames at 25 per second.
 
     Any container and codec that FFmpeg knows will do. At another rate than 25 fps each output frame
-    is the source frame nearest in time; where frames are missing, the last one stays.
+    is the source frame nearest in time; where frames are missing, the last one stays. Turned and
+    mirrored as a player would show it.
 
     Returns:
         uint8 (T, H, W), 0 black to 255 white.
 
     Raises:
-        MediaError: The file is missing or unreadable, has no video stream or no frame, or its time
-            stamps jump.
+        MediaError: The file is missing or unreadable, has no video stream or no frame, is turned by
+            something else than quarters, or its time stamps jump.
     """
     import torch
 
@@ -71,7 +73,7 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
         rate = float(stream.average_rate or VIDEO_RATE)
         for frame in stream.container.decode(stream):
             picture, is_studio_range = _grey(frame, reformatter)
-            frames.append(picture)
+            frames.append(_upright(picture, frame, path))
             studio_range.append(is_studio_range)
             times.append(len(times) / rate if frame.time is None else frame.time)
     if not frames:
@@ -282,6 +284,24 @@ def _check_gap(path: str | os.PathLike[str], seconds: float) -> None:
     if seconds > MAX_GAP:
         cause = f"its time stamps jump by {seconds:.0f} s, expected gaps of at most {MAX_GAP} s"
         raise MediaError(path, cause)
+
+
+def _upright(picture: np.ndarray, frame: av.VideoFrame, path: str | os.PathLike[str]) -> np.ndarray:
+    """Turn and mirror a picture (H, W) as the display matrix of its frame says.
+
+    The matrix sends (x, y) to (a x + c y, b x + d y), with y downwards. `frame.rotation` is no
+    mirror, and PyAV 14.0 has not got it.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, crossed) > 0.01 * max(straight, crossed):
+        raise MediaError(path, "the picture is turned askew, expected a multiple of 90 degrees")
+    if crossed > straight:
+        picture, a, d = picture.T, c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _grey(frame: av.VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, bool]:

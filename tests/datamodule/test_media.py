@@ -1,5 +1,6 @@
 """Tests of datamodule/media.py."""
 
+import struct
 import subprocess
 import sys
 import wave
@@ -344,3 +345,45 @@ def test_a_cover_picture_does_not_move_the_sound(tmp_path):
         container.mux(audio.encode(None))
     assert media.audio_start(tmp_path / "a.mp3") == 0
     assert abs(len(read_audio(tmp_path / "a.mp3")) - 16000) < 3000
+
+
+def turn(path, matrix):
+    """Write the four numbers of a display matrix into the track header of an mp4 file."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 44  # by ISO 14496-12, version 0
+    assert struct.unpack(">9i", data[place : place + 36])[::4] == (1 << 16, 1 << 16, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ((1, 0, 0, 1), lambda image: image),
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # a phone held upright: clockwise
+        ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
+        ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), np.transpose),
+    ],
+)
+def test_the_display_matrix_turns_and_mirrors(tmp_path, matrix, turned):
+    frames = make_picture(3, size=48)[:, :32]
+    write_video(tmp_path / "a.mp4", frames)
+    before = read_video(tmp_path / "a.mp4").numpy()
+    turn(tmp_path / "a.mp4", matrix)
+    after = read_video(tmp_path / "a.mp4").numpy()
+    np.testing.assert_array_equal(after, [turned(image) for image in before])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        rotation = next(container.decode(video=0)).rotation
+    if matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0:  # no mirror
+        np.testing.assert_array_equal(after[0], np.rot90(before[0], rotation // 90))
+
+
+def test_a_picture_that_is_turned_askew(tmp_path):
+    write_video(tmp_path / "a.mp4", make_picture(3))
+    turn(tmp_path / "a.mp4", (1, 1, -1, 1))
+    with pytest.raises(MediaError, match="turned askew, expected a multiple of 90 degrees"):
+        read_video(tmp_path / "a.mp4")
