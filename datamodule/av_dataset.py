@@ -87,8 +87,8 @@ class AVDataset(Dataset):
             that is skipped.
 
         Raises:
-            MediaError: The clip cannot be read, or its audio and video are not of one length and do
-                not end at one time either, within 0.2 s.
+            MediaError: The clip cannot be read, or its length is not what its list says.
+            MediaError: Audio and video are neither of one length nor end at one time, to 0.2 s.
             ValueError: The clip does not fit the transforms, or its text gives no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
@@ -161,11 +161,36 @@ class AVDataset(Dataset):
                 f"it has {frames} frames, expected at most {self.max_frames}; {self.too_long}",
             )
 
+    def _check_number(
+        self, index: int, path: str, video: torch.Tensor | None, audio: torch.Tensor | None
+    ) -> None:
+        """Refuse a clip whose length is not what its list says: it is cut, or another one.
+
+        0.2 s are allowed, which is more than other frame rates round to, but no more than a quarter
+        of a short clip. Sound alone may also be as long without what delays it.
+        """
+        expected = int(self.labels.num_frames[index])
+        allowed = min(MAX_DRIFT // SAMPLES_PER_FRAME, max(1, expected // 4))
+        frames = len(video) if video is not None else round(len(audio) / SAMPLES_PER_FRAME)
+        if abs(frames - expected) <= allowed:
+            return
+        if video is None:
+            start = round(self.source.audio_start(path) / SAMPLES_PER_FRAME)
+            if abs(frames - start - expected) <= allowed:
+                return
+        raise MediaError(
+            path,
+            f"it has {frames} frames at {VIDEO_RATE} a second, expected about {expected}, "
+            f"the number in {self.labels.where(index)}; correct the number, or the clip if it is "
+            "cut off",
+        )
+
     def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         path = self.path(index)
         video = self.source.video(path) if self.video_transform else None  # (T, H, W)
         audio = self.source.audio(path) if self.audio_transform else None  # (S,)
         self._check_length(path, video, audio)
+        self._check_number(index, path, video, audio)
         if video is not None and audio is not None:
             audio = self._fit_to_video(audio, len(video), path)
         streams = {}

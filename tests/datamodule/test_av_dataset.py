@@ -1,6 +1,7 @@
 """Tests of datamodule/av_dataset.py."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -129,6 +130,47 @@ def test_flash_and_click_stay_together(make_dataset, corpus, suffix, video_start
     assert flash == pytest.approx(1.8)
     assert click == pytest.approx(flash, abs=0.01)
     assert item["audio"].shape == (640 * 75, 1)
+
+
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+@pytest.mark.parametrize("number", [1, 15, 33, 120])
+def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, number):
+    file = corpus.write_list("one.csv", [f"set,clips/1.mp4,{number},1"])
+    message = rf"1.mp4: it has 24 frames at 25 a second, expected about {number}, .*one.csv, line 1"
+    with pytest.raises(MediaError, match=message):
+        make_dataset(file, streams=streams)[0]
+    assert make_dataset(file, streams=streams, skip_bad_clips=True)[0] is None
+    assert "it has 24 frames" in caplog.text
+
+
+@pytest.mark.parametrize("kept", [2, 4, 10, 20, 100])
+def test_a_clip_that_was_cut_off(make_dataset, corpus, kept):
+    whole = round(kept / 0.6)
+    write_video(corpus.root / "set" / "a.mp4", make_picture(kept))
+    write_audio(corpus.root / "set" / "a.wav", make_speech(640 * kept))
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{whole},1", f"set,a.mp4,{kept},1"])
+    dataset = make_dataset(file)
+    if whole > kept + 1:
+        with pytest.raises(MediaError, match=f"it has {kept} frames at 25 a second"):
+            dataset[0]
+    assert len(dataset[1]["video"]) == kept
+
+
+@pytest.mark.parametrize(("fps", "count"), [(24, 49), (30, 37), (50, 61), (60, 100), (10, 7)])
+@pytest.mark.parametrize("rounded", [math.floor, round, math.ceil])
+def test_numbers_of_other_frame_rates_may_be_rounded(make_dataset, corpus, fps, count, rounded):
+    write_video(corpus.root / "set" / "a.mp4", make_picture(count), fps=fps)
+    number = rounded(count / fps * 25)
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{number},1"])
+    assert abs(len(make_dataset(file, streams=("video",))[0]["video"]) - number) <= 1
+
+
+@pytest.mark.parametrize(("video_start", "audio_start"), [(0, 0.16), (0, 1.0), (0.6, 0)])
+def test_late_sound_alone_has_its_number(make_dataset, corpus, video_start, audio_start):
+    path = corpus.root / "set" / "a.mkv"
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start)
+    file = corpus.write_list("one.csv", ["set,a.mkv,75,1"])
+    assert "audio" in make_dataset(file, streams=("audio",))[0]
 
 
 def test_a_sound_track_that_ends_early(make_dataset, corpus):
