@@ -10,6 +10,8 @@ from datamodule.noise import NoiseSource, add_noise, draw_int
 from espnet.formats import AUDIO_RATE, CLEAN_SNR, VIDEO_MEAN, VIDEO_RATE, VIDEO_STD
 
 MAX_SHIFT = 4  # pixels; a small crop that were drawn anywhere would often miss the mouth
+MOUTH_SIZE = 96  # pixels of a side, of which 88 are taken
+LARGEST_MOUTH = 128  # pixels that a mouth crop may have whatever is taken of it
 MASK_SECONDS = 0.4  # longest time mask in each second
 TRAINING_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None: clean
 LAYER_NORM_EPS = 1e-8
@@ -40,7 +42,8 @@ class VideoTransform:
             float32 (T, 1, crop, crop).
 
         Raises:
-            ValueError: The frames are smaller than the crop.
+            ValueError: The frames are smaller than the crop, or so much larger that they must show
+                more than a mouth.
         """
         height, width = frames.shape[1:]
         size = self.crop_size
@@ -48,6 +51,13 @@ class VideoTransform:
             raise ValueError(
                 f"got frames of {height}x{width} pixels, expected at least the crop size of "
                 f"{size}x{size}; choose a smaller --crop-size"
+            )
+        if max(height, width) > max(2 * size, LARGEST_MOUTH):
+            mouth = round(size * MOUTH_SIZE / 88)
+            raise ValueError(
+                f"got frames of {height}x{width} pixels, expected mouth crops of about "
+                f"{mouth}x{mouth} for a crop size of {size}; crop the video to the mouth first, "
+                "which no command here does yet"
             )
         top, left = (height - size) // 2, (width - size) // 2
         if self.training:

@@ -231,6 +231,12 @@ def test_frames_smaller_than_the_crop(make_dataset, corpus):
         make_dataset(skip_bad_clips=True)[0]
 
 
+def test_frames_of_a_whole_face(make_dataset, corpus):
+    write_video(corpus.root / "set" / "clips" / "0.mp4", make_picture(20, size=240))
+    with pytest.raises(ValueError, match=r"0.mp4: got frames of 240x240 pixels, .* mouth crops"):
+        make_dataset(skip_bad_clips=True)[0]
+
+
 def test_no_stream(make_dataset):
     with pytest.raises(ValueError, match="expected one or both"):
         make_dataset(streams=())

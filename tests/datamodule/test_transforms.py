@@ -92,6 +92,24 @@ def test_frame_smaller_than_the_crop():
         VideoTransform(subset="val")(grey_clip())
 
 
+@pytest.mark.parametrize("subset", ["train", "val", "test"])
+@pytest.mark.parametrize("shape", [(720, 1280), (224, 224), (96, 200), (177, 96)])
+def test_frames_of_a_whole_face(subset, shape):
+    frames = torch.zeros(2, *shape, dtype=torch.uint8)
+    message = rf"got frames of {shape[0]}x{shape[1]} pixels, expected mouth crops of about 96x96"
+    with pytest.raises(ValueError, match=message):
+        VideoTransform(subset=subset)(frames)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_size"), [(88, 88), (96, 88), (128, 88), (176, 88), (96, 24), (128, 112)]
+)
+def test_frames_of_a_mouth(size, crop_size):
+    frames = torch.zeros(2, size, size, dtype=torch.uint8)
+    video = VideoTransform(subset="val", crop_size=crop_size)(frames)
+    assert video.shape == (2, 1, crop_size, crop_size)
+
+
 @pytest.mark.parametrize("transform", [VideoTransform, AudioTransform])
 def test_unknown_subset(transform):
     with pytest.raises(ValueError, match="got subset 'dev', expected one of train, val, test"):
