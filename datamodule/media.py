@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 LUMA_FORMATS = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "gray"}
 LUMA_601_COLORSPACES = {2, 5, 6}
 LUMA_601_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+CANCELLED = 0.1  # of the channels' energy is left in their mean: one talks against the other
 
 MAX_SLIP = 0.02  # seconds by which time stamps may miss the sum of the samples: half a frame
 MAX_GAP = 60  # seconds that are filled; what jumps further is no gap, but a broken time stamp
@@ -94,6 +95,7 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first audio stream of a file to mono at 16 kHz; several channels are averaged.
 
+    Of channels that would cancel each other, like stereo out of phase, the loudest is taken.
     In a file that holds video too, the first sample is at the time of the first frame: sound that
     starts later begins with silence, and what is before the video is left out. Gaps are silent.
 
@@ -268,12 +270,17 @@ def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def _end_part(resampler: av.AudioResampler | None, chunks: list[np.ndarray]) -> np.ndarray:
-    """Take what a resampler still holds and average the channels: float32 (S,)."""
+    """Take what a resampler still holds and make one channel of all: float32 (S,)."""
     if resampler is not None:
         chunks.extend(part.to_ndarray() for part in resampler.resample(None))
     if not chunks:
         return np.zeros(0, np.float32)
-    return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
+    channels = np.concatenate(chunks, axis=1)  # (C, S)
+    mean = channels.mean(axis=0)
+    energies = np.square(channels).sum(axis=1, dtype=np.float64)  # (C,)
+    if np.square(mean).sum(dtype=np.float64) < CANCELLED * energies.mean():
+        return channels[np.argmax(energies)]
+    return mean
 
 
 def _silence(seconds: float) -> np.ndarray:

@@ -162,6 +162,36 @@ def test_read_audio_averages_channels(tmp_path):
     torch.testing.assert_close(read_audio(tmp_path / "a.wav"), torch.full((1600,), 0.0625))
 
 
+@pytest.mark.parametrize("factor", [-1.0, -0.9, -1.1])
+def test_channels_out_of_phase_do_not_cancel(tmp_path, factor):
+    channels = np.stack([make_speech(32000), factor * make_speech(32000)])
+    write_pcm(tmp_path / "a.wav", channels)
+    expected = channels[int(factor < -1)]
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav").numpy(), expected, atol=2e-5)
+    write_sound_track(tmp_path / "a.mp4", channels)
+    level = read_audio(tmp_path / "a.mp4")[2000:30000].square().mean().sqrt()
+    assert level == pytest.approx(0.1 * max(1, -factor), rel=0.15)
+
+
+@pytest.mark.parametrize("num_channels", [2, 6])
+def test_one_channel_of_several_that_sounds_is_averaged(tmp_path, num_channels):
+    channels = np.zeros((num_channels, 16000), np.float32)
+    channels[0] = make_speech(16000)
+    write_pcm(tmp_path / "a.wav", channels)
+    expected = channels[0] / num_channels
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav").numpy(), expected, atol=2e-5)
+
+
+def write_pcm(path, channels):
+    """Write channels (C, S) as 16-bit wav at 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        pcm = np.clip(np.rint(channels.T * 32768), -32768, 32767)
+        file.writeframes(pcm.astype("<i2").tobytes())
+
+
 def test_read_audio_of_a_sound_track(tmp_path):
     tone = np.sin(np.arange(48000) / 48000 * 2 * np.pi * 300)[None].astype(np.float32) * 0.5
     write_sound_track(tmp_path / "a.mp4", tone, frames=make_picture(25), rate=48000)
