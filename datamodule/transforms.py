@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datamodule.noise import NoiseSource, add_noise, draw_int
+from datamodule.noise import NoiseSource, add_noise, draw_int, is_silent
 from espnet.formats import AUDIO_RATE, CLEAN_SNR, VIDEO_MEAN, VIDEO_RATE, VIDEO_STD
 
 MAX_SHIFT = 4  # pixels; a small crop that were drawn anywhere would often miss the mouth
@@ -126,6 +126,9 @@ class AudioTransform:
 
         Returns:
             float32 (S, 1).
+
+        Raises:
+            ValueError: The noise is silent, so that no such SNR could be had.
         """
         if self.training:
             masked = draw_time_mask(len(samples), rate=AUDIO_RATE, generator=generator)
@@ -133,6 +136,12 @@ class AudioTransform:
         snr = self.snrs[draw_int(len(self.snrs), generator)]
         if snr is not None:
             noise = self.noise.sample(len(samples), generator=generator, exclude=exclude)
+            if is_silent(noise):
+                of_clip = f"{exclude}: " if exclude else ""
+                raise ValueError(
+                    f"{of_clip}got silent noise for an SNR of {snr} dB, expected other clips that "
+                    "sound to make babble of; give noise recordings (--noise-file)"
+                )
             samples = add_noise(samples, noise, snr)
         if self.normalize:
             samples = F.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)

@@ -201,6 +201,23 @@ def test_noise_sources(make, tmp_path):
     assert data.train_dataset.audio_transform is None
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_babble_of_one_clip(make, corpus, caplog, copies):
+    row = (corpus.root / "labels" / "ids.csv").read_text().splitlines()[0]
+    corpus.write_list("one.csv", [row] * copies)
+    data = make(train_file="one.csv", snr_targets=(999999, -20))
+    data.setup("fit")
+    assert f"training without noise: {corpus.root}/set/clips/0.mp4 is the only" in caplog.text
+    assert sorted(indices_of(data.train_dataloader())) == list(range(copies))
+    with pytest.raises(ValueError, match=r"clips/0.mp4 is the only clip .*--noise-file"):
+        data.setup("test")  # the test list holds it
+    rows = (corpus.root / "labels" / "text.csv").read_text().splitlines()
+    corpus.write_list("others.csv", rows[1:])
+    data = make(train_file="one.csv", test_file="others.csv", snr_targets=(-20,))
+    data.setup("test")
+    assert len(indices_of(data.test_dataloader())) == 4
+
+
 def test_lists_are_read_once_and_only_those_needed(make, corpus):
     data = make(test_file="none.csv")
     data.setup("fit")

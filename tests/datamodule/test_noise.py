@@ -97,6 +97,38 @@ def test_babble_draws_some_of_the_bank(corpus):
     assert torch.equal(again.sample(100000, generator=seeded(0)), draws[0])
 
 
+def test_a_silent_noise_file_is_refused(tmp_path):
+    write_audio(tmp_path / "a.wav", make_speech(100))
+    write_audio(tmp_path / "b.wav", make_speech(100) * 0)
+    with pytest.raises(MediaError, match=r"b.wav: it is silent, expected noise"):
+        FileNoise([str(tmp_path / "a.wav"), str(tmp_path / "b.wav")])
+
+
+@pytest.mark.parametrize("begin", [0, 30000, 49000])
+@pytest.mark.parametrize("num_samples", [500, 1500, 70000])
+def test_a_silent_stretch_is_not_drawn(tmp_path, begin, num_samples):
+    samples = torch.zeros(50000)
+    samples[begin : begin + 1000] = torch.from_numpy(make_speech(1000))
+    write_audio(tmp_path / "a.wav", samples.numpy())
+    noise = FileNoise([str(tmp_path / "a.wav")])
+    for seed in range(20):
+        stretch = noise.sample(num_samples, generator=seeded(seed))
+        assert stretch.shape == (num_samples,)
+        assert stretch.abs().max() > 0.1
+
+
+def test_babble_of_mostly_silent_clips(corpus):
+    for index in range(5):
+        samples = make_speech(30000) * 0
+        samples[7000:7010] = 0.5
+        write_audio(corpus.root / "set" / "clips" / f"{index}.wav", samples)
+    noise = BabbleNoise(LabelList(str(corpus.root), "ids.csv"), seed=0)
+    for seed in range(20):
+        babble = noise.sample(300, generator=seeded(seed))
+        assert babble.shape == (300,)
+        assert babble.norm() > 0
+
+
 def test_babble_without_others_is_silent(corpus):
     row = (corpus.root / "labels" / "ids.csv").read_text().splitlines()[0]
     labels = LabelList(str(corpus.root), corpus.write_list("one.csv", [row]))

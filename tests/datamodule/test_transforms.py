@@ -143,6 +143,17 @@ def test_audio_test_snr(snr):
     assert noise.asked == ["a.mp4"]
 
 
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_silent_noise_is_refused(subset):
+    class Silence:
+        def sample(self, num_samples, **_):
+            return torch.zeros(num_samples)
+
+    transform = AudioTransform(subset=subset, noise=Silence(), snr_target=-20)
+    with pytest.raises(ValueError, match="a.mp4: got silent noise for an SNR of -20 dB, expected"):
+        transform(torch.from_numpy(make_speech(5000)), seeded(0), exclude="a.mp4")
+
+
 @pytest.mark.parametrize("snr", [None, 999999])
 def test_audio_test_clean(snr):
     samples = torch.from_numpy(make_speech(5000))
