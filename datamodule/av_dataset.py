@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in length: 0.2 s
 
+SILENT_PEAK = 1e-4  # -80 dB, three steps of 16 bits: dither, but no speech
+
 
 class Vocabulary(Protocol):
     """What translates between text and token ids."""
@@ -87,7 +89,7 @@ class AVDataset(Dataset):
             that is skipped.
 
         Raises:
-            MediaError: The clip cannot be read, or its length is not what its list says.
+            MediaError: The clip cannot be read, is silent, or is not as long as its list says.
             MediaError: Audio and video are neither of one length nor end at one time, to 0.2 s.
             ValueError: The clip does not fit the transforms, or its text gives no token.
         """
@@ -195,6 +197,8 @@ class AVDataset(Dataset):
             audio = self._fit_to_video(audio, len(video), path)
         streams = {}
         if audio is not None:
+            if float(audio.abs().max()) < SILENT_PEAK:
+                raise MediaError(path, "its sound is silent, expected speech")
             streams["audio"] = self.audio_transform(audio, generator, exclude=path)
         if video is not None:
             try:

@@ -143,6 +143,19 @@ def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, numb
     assert "it has 24 frames" in caplog.text
 
 
+@pytest.mark.parametrize("streams", [("audio",), ("video", "audio")])
+@pytest.mark.parametrize("level", [0.0, 1 / 32768])
+def test_silent_clips(make_dataset, corpus, streams, level):
+    samples = np.sign(make_speech(640 * 24)) * np.float32(level)
+    write_audio(corpus.root / "set" / "clips" / "1.wav", samples)
+    with pytest.raises(MediaError, match="1.mp4: its sound is silent, expected speech"):
+        make_dataset(streams=streams)[1]
+    assert make_dataset(streams=streams, skip_bad_clips=True)[1] is None
+    assert make_dataset(streams=("video",))[1] is not None
+    write_audio(corpus.root / "set" / "clips" / "1.wav", make_speech(640 * 24) * 0.01)
+    assert make_dataset(streams=streams)[1] is not None
+
+
 @pytest.mark.parametrize("kept", [2, 4, 10, 20, 100])
 def test_a_clip_that_was_cut_off(make_dataset, corpus, kept):
     whole = round(kept / 0.6)
