@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,11 +36,14 @@ class NoiseSource(Protocol):
 class FileNoise:
     """Stretches of noise files, which are read once; each file is drawn equally often.
 
+    A folder stands for the WAV files in it and below.
+
     Raises:
-        MediaError: A file cannot be read or is silent.
+        MediaError: A file cannot be read or is silent, or a folder holds none.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
+        paths = [file for path in paths for file in _recordings(path)]
         self._noises = [read_audio(path) for path in paths]
         for path, noise in zip(paths, self._noises, strict=True):
             if is_silent(noise):
@@ -188,6 +192,21 @@ def _draw_start(noise: torch.Tensor, num_samples: int, generator: torch.Generato
     """Draw where a stretch begins: where all of it fits in, if the noise is long enough."""
     spare = len(noise) - num_samples
     return draw_int(spare + 1 if spare >= 0 else len(noise), generator)
+
+
+def _recordings(path: str) -> list[str]:
+    """Name the WAV files of a folder, in order; a file stands for itself."""
+    if not os.path.isdir(path):
+        return [path]
+    files = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name.lower().endswith(".wav") and not name.startswith(".")
+    )
+    if not files:
+        raise MediaError(path, "the folder holds no WAV file, expected noise recordings")
+    return files
 
 
 def draw_int(limit: int, generator: torch.Generator | None) -> int:

@@ -61,6 +61,20 @@ def test_file_noise_draws_all_files(tmp_path):
     assert levels == {1 / 8, 2 / 8, 3 / 8}
 
 
+def test_a_folder_of_noise(tmp_path):
+    (tmp_path / "below").mkdir()
+    for level, name in enumerate(["a.wav", "B.WAV", "below/c.wav"], 1):
+        write_audio(tmp_path / name, torch.full((10,), level / 8).numpy())
+    (tmp_path / "README.txt").write_text("not a recording")
+    (tmp_path / "._a.wav").write_text("what some systems leave beside a file")
+    noise = FileNoise([str(tmp_path)])
+    levels = {noise.sample(5, generator=seeded(seed))[0].item() for seed in range(30)}
+    assert levels == {1 / 8, 2 / 8, 3 / 8}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MediaError, match="empty: the folder holds no WAV file, expected noise"):
+        FileNoise([str(tmp_path / "empty")])
+
+
 def test_missing_noise_file(tmp_path):
     with pytest.raises(MediaError, match="none.wav: no such file"):
         FileNoise([str(tmp_path / "none.wav")])
