@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import unicodedata
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +49,35 @@ def wav_beside(video_path: str) -> str:
 
 def find_audio(video_path: str) -> str:
     """Name the file that holds a clip's audio: the .wav beside it, or else the video itself."""
-    wav_path = wav_beside(video_path)
-    return wav_path if os.path.exists(wav_path) else video_path
+    return find_file(wav_beside(video_path)) or find_file(video_path) or video_path
+
+
+def find_file(path: str) -> str | None:
+    """Find a file, though its suffix be in another case (.WAV) or its name in another Unicode form.
+
+    Systems differ in whether they compose an accent with its letter (NFC) or not (NFD).
+
+    Returns:
+        The path as it is spelled on the disk, the given one if it is there; None if none is.
+    """
+    if os.path.exists(path):
+        return path
+    folder, name = os.path.split(path)
+    if not name or folder and not (folder := find_file(folder) or ""):
+        return None
+    stem, suffix = os.path.splitext(name)
+    stems = [stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem)]
+    suffixes = [suffix, suffix.lower(), suffix.upper(), suffix[:1] + suffix[1:].capitalize()]
+    for name in dict.fromkeys(stem + suffix for stem in stems for suffix in suffixes):
+        if os.path.exists(found := os.path.join(folder, name)):
+            return found
+    return None
+
+
+def code_points(path: str | os.PathLike[str]) -> str:
+    """Spell a path that is not ASCII by its code points, for messages; empty if it is ASCII."""
+    path = os.fspath(path)
+    return "" if path.isascii() else f" (spelled {ascii(path)})"
 
 
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
@@ -227,7 +255,7 @@ def _first_stream(path: str | os.PathLike[str], kind: str) -> Iterator[av.stream
             yield streams[0]
     except (av.error.FFmpegError, OSError) as error:
         if not os.path.exists(path):
-            cause = "no such file"
+            cause = f"no such file{code_points(path)}"
         elif os.path.isfile(path) and os.path.getsize(path) == 0:
             cause = "the file is empty"
         else:

@@ -353,6 +353,27 @@ def test_files_in_crowded_folders_are_found_too(make, folders, monkeypatch, most
         make(**data).setup("fit")
 
 
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+def test_clips_in_other_spellings(make, corpus, streams):
+    clips = corpus.root / "set" / "clips"
+    data = {"train_file": "text.csv", "val_file": None, "streams": streams}
+    names = ["0", "Zoe\u0308", "2", "Zo\u00eb3", "4"]  # on the disk
+    for index, name in enumerate(names):
+        for old, new in ((".mp4", ".MP4"), (".wav", ".WAV" if index else ".wav")):
+            (clips / f"{index}{old}").rename(clips / f"{name}{new}")
+    rows = (corpus.root / "labels" / "text.csv").read_text()
+    rows = rows.replace("clips/1", "clips/Zo\u00eb").replace("clips/3", "clips/Zoe\u03083")
+    corpus.write_list("text.csv", rows.splitlines())
+    module = make(**data)
+    module.setup("fit")
+    assert sorted(indices_of(module.train_dataloader())) == [0, 1, 2, 3, 4]
+    (clips / "Zo\u00eb3.MP4").rename(clips / "gone")
+    (clips / "Zo\u00eb3.WAV").unlink()
+    message = r"it does not exist, but .*text.csv, line 4 names it \(spelled '.*Zoe\\u03083.mp4'\)"
+    with pytest.raises(MediaError, match=message):
+        make(**data).setup("fit")
+
+
 def test_a_wav_stands_for_a_video_where_there_is_only_audio(make, folders):
     (folders / "1" / "7.mp4").rename(folders / "1" / "7.wav")
     data = {"train_file": "folders.csv", "val_file": None}

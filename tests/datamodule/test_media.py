@@ -3,6 +3,7 @@
 import struct
 import subprocess
 import sys
+import unicodedata
 import wave
 from fractions import Fraction
 
@@ -17,6 +18,7 @@ from datamodule import media
 from datamodule.media import (
     MediaError,
     find_audio,
+    find_file,
     read_audio,
     read_video,
     write_audio,
@@ -207,6 +209,24 @@ def test_find_audio_prefers_wav(tmp_path):
     assert find_audio(video) == video
     write_audio(tmp_path / "a.wav", make_speech(10))
     assert find_audio(video) == str(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("listed", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("suffix", [".wav", ".WAV", ".Wav"])
+def test_files_are_found_in_other_spellings(tmp_path, listed, there, suffix):
+    folder, name = "Käte", "réunion.1"
+    path = tmp_path / unicodedata.normalize(there, folder) / unicodedata.normalize(there, name)
+    path.parent.mkdir()
+    write_audio(f"{path}{suffix}", make_speech(10))
+    stem = str(tmp_path / unicodedata.normalize(listed, f"{folder}/{name}"))
+    assert find_file(stem + ".wav") == find_audio(stem + ".mp4") == f"{path}{suffix}"
+    assert find_file(stem + "2.wav") is None
+    assert find_file(str(tmp_path / "none" / "a.wav")) is None
+
+
+def test_a_missing_file_that_is_not_ascii_is_spelled_out(tmp_path):
+    with pytest.raises(MediaError, match=r": no such file \(spelled '.*\\u0430.mp4'\)$"):
+        read_video(tmp_path / "\u0430.mp4")
 
 
 def _float_wav(path, samples):
