@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in length: 0.2 s
 
+SILENT_PEAK = 1e-4  # -80 dB, three steps of 16 bits: dither, but no speech
+
 
 class Vocabulary(Protocol):
     """What translates between text and token ids."""
@@ -87,7 +89,8 @@ class AVDataset(Dataset):
             that is skipped.
 
         Raises:
-            MediaError: The clip cannot be read, or its audio and video differ by more than 0.2 s.
+            MediaError: The clip cannot be read, is silent, or is not as long as its list says.
+            MediaError: Audio and video are neither of one length nor end at one time, to 0.2 s.
             ValueError: The clip does not fit the transforms, or its text gives no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
@@ -160,15 +163,42 @@ class AVDataset(Dataset):
                 f"it has {frames} frames, expected at most {self.max_frames}; {self.too_long}",
             )
 
+    def _check_number(
+        self, index: int, path: str, video: torch.Tensor | None, audio: torch.Tensor | None
+    ) -> None:
+        """Refuse a clip whose length is not what its list says: it is cut, or another one.
+
+        0.2 s are allowed, which is more than other frame rates round to, but no more than a quarter
+        of a short clip. Sound alone may also be as long without what delays it.
+        """
+        expected = int(self.labels.num_frames[index])
+        allowed = min(MAX_DRIFT // SAMPLES_PER_FRAME, max(1, expected // 4))
+        frames = len(video) if video is not None else round(len(audio) / SAMPLES_PER_FRAME)
+        if abs(frames - expected) <= allowed:
+            return
+        if video is None:
+            start = round(self.source.audio_start(path) / SAMPLES_PER_FRAME)
+            if abs(frames - start - expected) <= allowed:
+                return
+        raise MediaError(
+            path,
+            f"it has {frames} frames at {VIDEO_RATE} a second, expected about {expected}, "
+            f"the number in {self.labels.where(index)}; correct the number, or the clip if it is "
+            "cut off",
+        )
+
     def _read_streams(self, index: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         path = self.path(index)
         video = self.source.video(path) if self.video_transform else None  # (T, H, W)
         audio = self.source.audio(path) if self.audio_transform else None  # (S,)
         self._check_length(path, video, audio)
+        self._check_number(index, path, video, audio)
         if video is not None and audio is not None:
-            audio = _fit_to_video(audio, len(video), path)
+            audio = self._fit_to_video(audio, len(video), path)
         streams = {}
         if audio is not None:
+            if float(audio.abs().max()) < SILENT_PEAK:
+                raise MediaError(path, "its sound is silent, expected speech")
             streams["audio"] = self.audio_transform(audio, generator, exclude=path)
         if video is not None:
             try:
@@ -177,14 +207,20 @@ class AVDataset(Dataset):
                 raise ValueError(f"{path}: {error}") from None
         return streams
 
+    def _fit_to_video(self, audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:
+        """Cut audio (S,) or pad it with zeros to the length of the video: (640 T,).
 
-def _fit_to_video(audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:
-    """Cut audio (S,) or pad it with zeros to the length of the video: (640 T,)."""
-    missing = num_frames * SAMPLES_PER_FRAME - len(audio)
-    if abs(missing) > MAX_DRIFT:
-        raise MediaError(
-            path,
-            f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
-            f"{len(audio) / AUDIO_RATE:.2f} s, expected a difference of at most 0.2 s",
-        )
-    return F.pad(audio, (0, missing)) if missing > 0 else audio[: num_frames * SAMPLES_PER_FRAME]
+        Streams of one length that start at different times, as a cut without encoding leaves them,
+        belong together though they do not end together.
+        """
+        missing = num_frames * SAMPLES_PER_FRAME - len(audio)
+        if abs(missing) > MAX_DRIFT:
+            start = self.source.audio_start(path)
+            if abs(missing + start) > MAX_DRIFT:
+                raise MediaError(
+                    path,
+                    f"the video lasts {num_frames / VIDEO_RATE:.2f} s and the audio "
+                    f"{(len(audio) - start) / AUDIO_RATE:.2f} s, expected a difference of at most "
+                    "0.2 s",
+                )
+        return F.pad(audio, (0, missing))  # A negative number cuts.

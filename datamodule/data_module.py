@@ -91,7 +91,8 @@ class DataModule(pl.LightningDataModule):
             ValueError: A list is not given, cannot be read or is malformed, or an utterance is
                 longer than `max_frames` or `max_seconds` (in training only without
                 `skip_bad_clips`).
-            MediaError: A clip is missing, or a noise file cannot be read.
+            ValueError: A test calls for noise and there is none but the clip itself.
+            MediaError: A clip is missing, or a noise file cannot be read or is silent.
         """
         if stage == "fit" or (stage is None and self.options.train_file):
             if self.train_dataset is None:
@@ -185,7 +186,9 @@ class DataModule(pl.LightningDataModule):
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
             video_transform=video_transform if with_video else None,
-            audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
+            audio_transform=(
+                self._audio_transform(subset, snr_target, labels) if with_audio else None
+            ),
             training=training,
             seed=self.options.seed,
             max_frames=self.longest_clip,
@@ -196,13 +199,23 @@ class DataModule(pl.LightningDataModule):
             self._source.check(labels, with_video=with_video)
         return dataset
 
-    def _audio_transform(self, subset: str, snr_target: float | None) -> AudioTransform:
+    def _audio_transform(
+        self, subset: str, snr_target: float | None, labels: LabelList
+    ) -> AudioTransform:
         noisy = subset == "train" or needs_noise(snr_target)
+        noise = self._noise_source() if noisy else None
+        only = noise.only_clip if isinstance(noise, BabbleNoise) else None
+        if only is not None and only in map(labels.path, range(len(labels))):
+            message = (
+                f"{only} is the only clip to make babble of, expected others to disturb it with: "
+                "give noise recordings (--noise-file) or a longer list"
+            )
+            if subset != "train":
+                raise ValueError(message)
+            log.warning("training without noise: %s", message)
+            noise = None
         return AudioTransform(
-            subset=subset,
-            noise=self._noise_source() if noisy else None,
-            snr_target=snr_target,
-            normalize=self.audio_normalize,
+            subset=subset, noise=noise, snr_target=snr_target, normalize=self.audio_normalize
         )
 
     def _noise_source(self) -> NoiseSource:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import unicodedata
 import wave
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 LUMA_FORMATS = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p", "nv12", "gray"}
 LUMA_601_COLORSPACES = {2, 5, 6}
 LUMA_601_WEIGHTS = np.array([0.299, 0.587, 0.114], dtype=np.float32)
+CANCELLED = 0.1  # of the channels' energy is left in their mean: one talks against the other
+
+MAX_SLIP = 0.02  # seconds by which time stamps may miss the sum of the samples: half a frame
+MAX_GAP = 60  # seconds that are filled; what jumps further is no gap, but a broken time stamp
 
 
 class MediaError(ValueError):
@@ -43,21 +49,50 @@ def wav_beside(video_path: str) -> str:
 
 def find_audio(video_path: str) -> str:
     """Name the file that holds a clip's audio: the .wav beside it, or else the video itself."""
-    wav_path = wav_beside(video_path)
-    return wav_path if os.path.exists(wav_path) else video_path
+    return find_file(wav_beside(video_path)) or find_file(video_path) or video_path
+
+
+def find_file(path: str) -> str | None:
+    """Find a file, though its suffix be in another case (.WAV) or its name in another Unicode form.
+
+    Systems differ in whether they compose an accent with its letter (NFC) or not (NFD).
+
+    Returns:
+        The path as it is spelled on the disk, the given one if it is there; None if none is.
+    """
+    if os.path.exists(path):
+        return path
+    folder, name = os.path.split(path)
+    if not name or folder and not (folder := find_file(folder) or ""):
+        return None
+    stem, suffix = os.path.splitext(name)
+    stems = [stem, unicodedata.normalize("NFC", stem), unicodedata.normalize("NFD", stem)]
+    suffixes = [suffix, suffix.lower(), suffix.upper(), suffix[:1] + suffix[1:].capitalize()]
+    for name in dict.fromkeys(stem + suffix for stem in stems for suffix in suffixes):
+        if os.path.exists(found := os.path.join(folder, name)):
+            return found
+    return None
+
+
+def code_points(path: str | os.PathLike[str]) -> str:
+    """Spell a path that is not ASCII by its code points, for messages; empty if it is ASCII."""
+    path = os.fspath(path)
+    return "" if path.isascii() else f" (spelled {ascii(path)})"
 
 
 def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first video stream of a file to grey frames at 25 per second.
 
     Any container and codec that FFmpeg knows will do. At another rate than 25 fps each output frame
-    is the source frame nearest in time.
+    is the source frame nearest in time; where frames are missing, the last one stays. Turned and
+    mirrored as a player would show it.
 
     Returns:
         uint8 (T, H, W), 0 black to 255 white.
 
     Raises:
-        MediaError: The file is missing or unreadable, or has no video stream or no frame.
+        MediaError: The file is missing or unreadable, has no video stream or no frame, is turned by
+            something else than quarters, or its time stamps jump.
     """
     import torch
 
@@ -67,13 +102,14 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
         rate = float(stream.average_rate or VIDEO_RATE)
         for frame in stream.container.decode(stream):
             picture, is_studio_range = _grey(frame, reformatter)
-            frames.append(picture)
+            frames.append(_upright(picture, frame, path))
             studio_range.append(is_studio_range)
             times.append(len(times) / rate if frame.time is None else frame.time)
     if not frames:
         raise MediaError(path, "the video stream holds no frame")
     if any(frame.shape != frames[0].shape for frame in frames):
         raise MediaError(path, "the frame size changes within the video")
+    _check_gap(path, np.diff(times).max(initial=0))
     chosen = _nearest_frames(np.array(times), last_duration=1 / rate)
     pictures = np.stack([frames[index] for index in chosen])  # (T, H, W)
     if all(studio_range):
@@ -87,24 +123,61 @@ def read_video(path: str | os.PathLike[str]) -> torch.Tensor:
 def read_audio(path: str | os.PathLike[str]) -> torch.Tensor:
     """Decode the first audio stream of a file to mono at 16 kHz; several channels are averaged.
 
+    Of channels that would cancel each other, like stereo out of phase, the loudest is taken.
+    In a file that holds video too, the first sample is at the time of the first frame: sound that
+    starts later begins with silence, and what is before the video is left out. Gaps are silent.
+
     Returns:
         float32 (S,) in [-1, 1].
 
     Raises:
-        MediaError: The file is missing or unreadable, has no audio stream or no sample, or a
-            sample is not finite.
+        MediaError: The file is missing or unreadable, has no audio stream or no sample, a sample is
+            not finite, or the time stamps jump.
     """
     import torch
 
     samples = _read_plain_wav(path)
+    start = 0
     if samples is None:
         samples = _decode_audio(path)
         if not np.isfinite(samples).all():
             raise MediaError(path, "the audio holds samples that are not finite")
         np.clip(samples, -1.0, 1.0, out=samples)
+        start = audio_start(path)
     if len(samples) == 0:
         raise MediaError(path, "the audio stream holds no sample")
+    if len(samples) <= -start:
+        raise MediaError(path, "the sound ends before the video starts, expected both at a time")
+    samples = np.pad(samples, (start, 0)) if start > 0 else samples[-start:]
     return torch.from_numpy(samples)
+
+
+def audio_start(path: str | os.PathLike[str]) -> int:
+    """Tell by how many samples the sound of a file starts after its video, by the time stamps.
+
+    Returns:
+        Samples at 16 kHz, negative for sound that starts first; 0 if they start within 0.02 s of
+        each other, or if the file holds no moving picture.
+
+    Raises:
+        MediaError: The file is missing or unreadable, has no audio stream, or the streams start
+            more than a minute apart.
+    """
+    times: dict[bool, float] = {}  # of the first frame, by whether it is one of video
+    with _first_stream(path, "audio") as stream:
+        videos = stream.container.streams.video
+        if not videos or not videos[0].average_rate:  # A cover picture has no rate.
+            return 0
+        videos[0].codec_context.thread_count = 1
+        for frame in stream.container.decode(videos[0], stream):
+            times.setdefault(isinstance(frame, av.VideoFrame), frame.time or 0.0)
+            if len(times) == 2:
+                break
+        else:
+            return 0
+    start = times[False] - times[True]
+    _check_gap(path, abs(start))
+    return round(start * AUDIO_RATE) if abs(start) > MAX_SLIP else 0
 
 
 def write_video(
@@ -182,7 +255,7 @@ def _first_stream(path: str | os.PathLike[str], kind: str) -> Iterator[av.stream
             yield streams[0]
     except (av.error.FFmpegError, OSError) as error:
         if not os.path.exists(path):
-            cause = "no such file"
+            cause = f"no such file{code_points(path)}"
         elif os.path.isfile(path) and os.path.getsize(path) == 0:
             cause = "the file is empty"
         else:
@@ -203,17 +276,67 @@ def _read_plain_wav(path: str | os.PathLike[str]) -> np.ndarray | None:
 
 
 def _decode_audio(path: str | os.PathLike[str]) -> np.ndarray:
-    """Decode with FFmpeg to mono at 16 kHz: float32 (S,)."""
-    chunks = []
+    """Decode with FFmpeg to mono at 16 kHz, with silence in the gaps: float32 (S,)."""
+    parts: list[np.ndarray] = []
+    chunks: list[np.ndarray] = []  # of the part that is being decoded, (C, S) each
+    resampler, kind, end = None, None, 0.0  # end: of what has been decoded, in seconds
     with _first_stream(path, "audio") as stream:
-        resampler = av.AudioResampler(format="fltp", rate=AUDIO_RATE)
         for frame in stream.container.decode(stream):
+            time = end if frame.time is None else frame.time
+            gap = 0.0 if resampler is None else time - end
+            is_new = kind != (kind := (frame.format.name, frame.layout.name, frame.sample_rate))
+            if is_new or gap > MAX_SLIP:
+                _check_gap(path, gap)
+                parts += [_end_part(resampler, chunks), _silence(gap)]
+                resampler, chunks = av.AudioResampler(format="fltp", rate=AUDIO_RATE), []
+            # Time stamps that go back, as where files were joined, are taken to go on from there.
+            begin = end if abs(time - end) <= MAX_SLIP else time
+            end = begin + frame.samples / frame.sample_rate
             chunks.extend(part.to_ndarray() for part in resampler.resample(frame))
-        if chunks:
-            chunks.extend(part.to_ndarray() for part in resampler.resample(None))
+        parts.append(_end_part(resampler, chunks))
+    return np.concatenate(parts)
+
+
+def _end_part(resampler: av.AudioResampler | None, chunks: list[np.ndarray]) -> np.ndarray:
+    """Take what a resampler still holds and make one channel of all: float32 (S,)."""
+    if resampler is not None:
+        chunks.extend(part.to_ndarray() for part in resampler.resample(None))
     if not chunks:
         return np.zeros(0, np.float32)
-    return np.concatenate(chunks, axis=1).mean(axis=0)  # (C, S) -> (S,)
+    channels = np.concatenate(chunks, axis=1)  # (C, S)
+    mean = channels.mean(axis=0)
+    energies = np.square(channels).sum(axis=1, dtype=np.float64)  # (C,)
+    if np.square(mean).sum(dtype=np.float64) < CANCELLED * energies.mean():
+        return channels[np.argmax(energies)]
+    return mean
+
+
+def _silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(max(seconds, 0.0) * AUDIO_RATE), np.float32)
+
+
+def _check_gap(path: str | os.PathLike[str], seconds: float) -> None:
+    if seconds > MAX_GAP:
+        cause = f"its time stamps jump by {seconds:.0f} s, expected gaps of at most {MAX_GAP} s"
+        raise MediaError(path, cause)
+
+
+def _upright(picture: np.ndarray, frame: av.VideoFrame, path: str | os.PathLike[str]) -> np.ndarray:
+    """Turn and mirror a picture (H, W) as the display matrix of its frame says.
+
+    The matrix sends (x, y) to (a x + c y, b x + d y), with y downwards. `frame.rotation` is no
+    mirror, and PyAV 14.0 has not got it.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, crossed) > 0.01 * max(straight, crossed):
+        raise MediaError(path, "the picture is turned askew, expected a multiple of 90 degrees")
+    if crossed > straight:
+        picture, a, d = picture.T, c, b
+    return picture[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 def _grey(frame: av.VideoFrame, reformatter: VideoReformatter) -> tuple[np.ndarray, bool]:
@@ -249,9 +372,15 @@ def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
     """Choose the frame nearest to each tick of 1/25 s: indices (T,), at least one.
 
     Time stamps (T_in,) ascend; they and the time that the last frame is shown are in seconds. There
-    are as many ticks as fit into the duration.
+    are as many ticks as fit into the duration. No frame is shown much before its time, so after a
+    gap the one before it stays until then.
     """
     times = times - times[0]
+    spacings = np.diff(times)
+    spacing = float(np.median(spacings)) if len(spacings) else last_duration
+    if last_duration > 1.5 * spacing:
+        last_duration = spacing  # The rate is an average, which gaps lower.
     num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))
     ticks = np.arange(num_frames) / VIDEO_RATE
-    return np.searchsorted((times[1:] + times[:-1]) / 2, ticks)
+    earliest = times[1:] - 0.75 * spacing  # Evenly spaced frames begin at half a spacing before.
+    return np.searchsorted(np.maximum((times[1:] + times[:-1]) / 2, earliest), ticks)

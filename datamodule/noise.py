@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -35,12 +36,18 @@ class NoiseSource(Protocol):
 class FileNoise:
     """Stretches of noise files, which are read once; each file is drawn equally often.
 
+    A folder stands for the WAV files in it and below.
+
     Raises:
-        MediaError: A file cannot be read.
+        MediaError: A file cannot be read or is silent, or a folder holds none.
     """
 
     def __init__(self, paths: Sequence[str]) -> None:
+        paths = [file for path in paths for file in _recordings(path)]
         self._noises = [read_audio(path) for path in paths]
+        for path, noise in zip(paths, self._noises, strict=True):
+            if is_silent(noise):
+                raise MediaError(path, "it is silent, expected noise; leave it out")
 
     def sample(
         self,
@@ -49,9 +56,13 @@ class FileNoise:
         generator: torch.Generator | None = None,
         exclude: str | None = None,  # noqa: ARG002 (noise files hold no utterance)
     ) -> torch.Tensor:
-        """Draw a stretch, float32 (num_samples,), of a noise, begun anew where it ends."""
+        """Draw a stretch, float32 (num_samples,), of a noise, begun anew where it ends.
+
+        Where the noise is silent, its loudest place is taken instead.
+        """
         noise = self._noises[draw_int(len(self._noises), generator)]
-        return _draw_stretch(noise, num_samples, generator)
+        stretch = _draw_stretch(noise, num_samples, generator)
+        return _loudest_stretch(noise, num_samples) if is_silent(stretch) else stretch
 
 
 class BabbleNoise:
@@ -66,6 +77,9 @@ class BabbleNoise:
         bank_size: Number of utterances in the bank.
         num_voices: Number of utterances that speak at once.
         skip_bad_clips: Whether a clip that cannot be read is logged and left out.
+
+    Attributes:
+        only_clip: Path of the bank's clip if there is but one, for which it then has no noise.
     """
 
     def __init__(
@@ -81,6 +95,7 @@ class BabbleNoise:
         rng = np.random.default_rng(seed)
         rows = rng.choice(len(labels), min(bank_size, len(labels)), replace=False)
         self._paths = [labels.path(index) for index in rows]
+        self.only_clip = self._paths[0] if len(set(self._paths)) == 1 else None
         self._voices: dict[str, torch.Tensor] = {}
         self._num_voices = num_voices
         self._skip_bad_clips = skip_bad_clips
@@ -95,7 +110,7 @@ class BabbleNoise:
     ) -> torch.Tensor:
         """Draw babble, float32 (num_samples,), without the clip `exclude`.
 
-        It is silent if the bank holds no other clip.
+        It is silent if the bank holds no other clip that sounds.
 
         Raises:
             MediaError: A clip of the bank cannot be read and is not to be skipped.
@@ -103,10 +118,12 @@ class BabbleNoise:
         babble = torch.zeros(num_samples)
         order = torch.randperm(len(self._paths), generator=generator).tolist()
         others = [self._paths[index] for index in order if self._paths[index] != exclude]
-        for path in others[: self._num_voices]:
-            voice = self._voice(path)
-            if len(voice) > 0:
-                _add_stretch(babble, voice, generator)
+        voices = [self._voice(path) for path in others[: self._num_voices]]
+        voices = [voice for voice in voices if len(voice) > 0]
+        for voice in voices:
+            _add_stretch(babble, voice, generator)
+        if voices and is_silent(babble):
+            return _loudest_stretch(voices[0], num_samples)
         return babble
 
     def _voice(self, path: str) -> torch.Tensor:
@@ -138,6 +155,17 @@ def add_noise(speech: torch.Tensor, noise: torch.Tensor, snr_db: float) -> torch
     return torch.add(speech, noise, alpha=gain)
 
 
+def is_silent(samples: torch.Tensor) -> bool:
+    """Tell whether a signal (S,) has no energy to speak of."""
+    return float(torch.linalg.vector_norm(samples, dtype=torch.float64)) <= SILENCE
+
+
+def _loudest_stretch(noise: torch.Tensor, num_samples: int) -> torch.Tensor:
+    """Cut `num_samples` out of a noise that hold its loudest sample."""
+    start = min(int(noise.abs().argmax()), max(0, len(noise) - num_samples))
+    return noise[start:].repeat(-(-num_samples // (len(noise) - start)))[:num_samples]
+
+
 def _draw_stretch(
     noise: torch.Tensor, num_samples: int, generator: torch.Generator | None
 ) -> torch.Tensor:
@@ -164,6 +192,21 @@ def _draw_start(noise: torch.Tensor, num_samples: int, generator: torch.Generato
     """Draw where a stretch begins: where all of it fits in, if the noise is long enough."""
     spare = len(noise) - num_samples
     return draw_int(spare + 1 if spare >= 0 else len(noise), generator)
+
+
+def _recordings(path: str) -> list[str]:
+    """Name the WAV files of a folder, in order; a file stands for itself."""
+    if not os.path.isdir(path):
+        return [path]
+    files = sorted(
+        os.path.join(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if name.lower().endswith(".wav") and not name.startswith(".")
+    )
+    if not files:
+        raise MediaError(path, "the folder holds no WAV file, expected noise recordings")
+    return files
 
 
 def draw_int(limit: int, generator: torch.Generator | None) -> int:

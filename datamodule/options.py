@@ -41,8 +41,8 @@ class DataOptions:
     )
     noise_file: tuple[str, ...] | None = option(
         None,
-        "noise recordings (default: babble mixed from the training utterances, or from the test "
-        "list if there is no training list)",
+        "noise recordings, or folders of WAV files (default: babble mixed from the training "
+        "utterances, or from the test list if there is no training list)",
         nargs="+",
         metavar="WAV",
     )

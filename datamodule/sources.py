@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 
 from datamodule.label_list import LabelList
-from datamodule.media import MediaError, find_audio, read_audio, read_video, wav_beside
+from datamodule.media import (
+    MediaError,
+    audio_start,
+    code_points,
+    find_audio,
+    find_file,
+    read_audio,
+    read_video,
+    wav_beside,
+)
 from datamodule.options import SOURCES, DataOptions
 
 MOST_LISTED = 8  # entries of a folder for each file that is looked for in it
@@ -28,7 +37,10 @@ class Source(Protocol):
         """Return the frames, uint8 (T, H, W), 25 a second."""
 
     def audio(self, path: str) -> torch.Tensor:
-        """Return the samples, float32 (S,), at 16 kHz."""
+        """Return the samples, float32 (S,), at 16 kHz; the first is at the time of frame 0."""
+
+    def audio_start(self, path: str) -> int:
+        """Tell by how many samples the sound itself starts after frame 0, negative if before."""
 
 
 def build_source(options: DataOptions) -> Source:
@@ -60,16 +72,21 @@ class FileSource:
                     unseen.append(index)
         for index in sorted(unseen):
             path = labels.path(index) if with_video else find_audio(labels.path(index))
-            if not os.path.isfile(path):
-                raise MediaError(path, f"it does not exist, but {labels.where(index)} names it")
+            if not os.path.isfile(find_file(path) or path):
+                cause = f"it does not exist, but {labels.where(index)} names it{code_points(path)}"
+                raise MediaError(path, cause)
 
     def video(self, path: str) -> torch.Tensor:
         """See `Source`."""
-        return read_video(path)
+        return read_video(find_file(path) or path)
 
     def audio(self, path: str) -> torch.Tensor:
         """See `Source`."""
         return read_audio(find_audio(path))
+
+    def audio_start(self, path: str) -> int:
+        """See `Source`; a WAV beside the video starts with it."""
+        return 0 if find_file(wav_beside(path)) else audio_start(find_audio(path))
 
 
 def _files_in(folder: str, *, limit: int) -> set[str]:

@@ -6,10 +6,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datamodule.noise import NoiseSource, add_noise, draw_int
+from datamodule.noise import NoiseSource, add_noise, draw_int, is_silent
 from espnet.formats import AUDIO_RATE, CLEAN_SNR, VIDEO_MEAN, VIDEO_RATE, VIDEO_STD
 
 MAX_SHIFT = 4  # pixels; a small crop that were drawn anywhere would often miss the mouth
+MOUTH_SIZE = 96  # pixels of a side, of which 88 are taken
+LARGEST_MOUTH = 128  # pixels that a mouth crop may have whatever is taken of it
 MASK_SECONDS = 0.4  # longest time mask in each second
 TRAINING_SNRS = (-5, 0, 5, 10, 15, 20, None)  # dB; None: clean
 LAYER_NORM_EPS = 1e-8
@@ -40,7 +42,8 @@ class VideoTransform:
             float32 (T, 1, crop, crop).
 
         Raises:
-            ValueError: The frames are smaller than the crop.
+            ValueError: The frames are smaller than the crop, or so much larger that they must show
+                more than a mouth.
         """
         height, width = frames.shape[1:]
         size = self.crop_size
@@ -48,6 +51,13 @@ class VideoTransform:
             raise ValueError(
                 f"got frames of {height}x{width} pixels, expected at least the crop size of "
                 f"{size}x{size}; choose a smaller --crop-size"
+            )
+        if max(height, width) > max(2 * size, LARGEST_MOUTH):
+            mouth = round(size * MOUTH_SIZE / 88)
+            raise ValueError(
+                f"got frames of {height}x{width} pixels, expected mouth crops of about "
+                f"{mouth}x{mouth} for a crop size of {size}; crop the video to the mouth first, "
+                "which no command here does yet"
             )
         top, left = (height - size) // 2, (width - size) // 2
         if self.training:
@@ -116,6 +126,9 @@ class AudioTransform:
 
         Returns:
             float32 (S, 1).
+
+        Raises:
+            ValueError: The noise is silent, so that no such SNR could be had.
         """
         if self.training:
             masked = draw_time_mask(len(samples), rate=AUDIO_RATE, generator=generator)
@@ -123,6 +136,12 @@ class AudioTransform:
         snr = self.snrs[draw_int(len(self.snrs), generator)]
         if snr is not None:
             noise = self.noise.sample(len(samples), generator=generator, exclude=exclude)
+            if is_silent(noise):
+                of_clip = f"{exclude}: " if exclude else ""
+                raise ValueError(
+                    f"{of_clip}got silent noise for an SNR of {snr} dB, expected other clips that "
+                    "sound to make babble of; give noise recordings (--noise-file)"
+                )
             samples = add_noise(samples, noise, snr)
         if self.normalize:
             samples = F.layer_norm(samples, samples.shape, eps=LAYER_NORM_EPS)

@@ -382,6 +382,22 @@ def test_video_ignores_noise_levels(run_dir, corpus, tmp_path):
     assert len(json.loads((tmp_path / "summary.json").read_text())) == 1
 
 
+def test_a_folder_of_noise_is_its_files(run_dir, corpus, tmp_path):
+    results = []
+    for noise in (corpus / "noise", corpus / "noise" / "babble.wav"):
+        evaluation.main(
+            [
+                *["--pretrained-model-path", str(run_dir / "model_avg_10.pth")],
+                *["--root-dir", str(corpus), "--test-file", "test.csv", "--num-workers", "0"],
+                *["--modality", "audio", "--decode-snr-target", "0", "--noise-file", str(noise)],
+                *["--output-dir", str(tmp_path / noise.name)],
+            ]
+        )
+        results.append((tmp_path / noise.name / "summary.json").read_text())
+    rates = [[row["wer"] for row in json.loads(text)] for text in results]
+    assert rates[0] == rates[1]
+
+
 def test_a_checkpoint_that_cannot_be_resumed_is_refused(run_dir, train_arguments, capsys):
     average = run_dir / "model_avg_10.pth"
     arguments = train_arguments("refused", "audiovisual", "--modality-dropout", "0.3", "0.3")

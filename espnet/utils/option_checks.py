@@ -127,7 +127,8 @@ def _data_problems(data: DataOptions, lists: dict[str, str | None]) -> list[str]
         for flag, name in lists.items()
         if name
     }
-    paths |= {f"--noise-file {name}": Path(name) for name in data.noise_file or ()}
+    noises = {f"--noise-file {name}": Path(name) for name in data.noise_file or ()}
+    paths |= {what: path for what, path in noises.items() if not path.is_dir()}
     return [
         f"{what} does not exist: looked for {path}"
         for what, path in paths.items()

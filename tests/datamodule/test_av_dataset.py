@@ -1,11 +1,12 @@
 """Tests of datamodule/av_dataset.py."""
 
 import logging
+import math
 
 import numpy as np
 import pytest
 import torch
-from media_files import make_picture, make_speech, write_sound_track
+from media_files import make_picture, make_speech, write_flash_and_click, write_sound_track
 
 from datamodule.av_dataset import AVDataset
 from datamodule.label_list import LabelList
@@ -117,6 +118,82 @@ def test_streams_of_different_length(make_dataset, corpus, extra):
     assert make_dataset(streams=("audio",))[0] is not None
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(("video_start", "audio_start"), [(0, 0.16), (0, 1.0), (0.6, 0)])
+def test_flash_and_click_stay_together(make_dataset, corpus, suffix, video_start, audio_start):
+    path = corpus.root / "set" / f"a.{suffix}"
+    at = video_start + 1.8
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start, at=at)
+    item = make_dataset(corpus.write_list("one.csv", [f"set,a.{suffix},75,1"]))[0]
+    flash = (item["video"].mean((1, 2, 3)) > 0).int().argmax().item() / 25
+    click = (item["audio"] > 0.4).int().argmax().item() / 16000
+    assert flash == pytest.approx(1.8)
+    assert click == pytest.approx(flash, abs=0.01)
+    assert item["audio"].shape == (640 * 75, 1)
+
+
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+@pytest.mark.parametrize("number", [1, 15, 33, 120])
+def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, number):
+    file = corpus.write_list("one.csv", [f"set,clips/1.mp4,{number},1"])
+    message = rf"1.mp4: it has 24 frames at 25 a second, expected about {number}, .*one.csv, line 1"
+    with pytest.raises(MediaError, match=message):
+        make_dataset(file, streams=streams)[0]
+    assert make_dataset(file, streams=streams, skip_bad_clips=True)[0] is None
+    assert "it has 24 frames" in caplog.text
+
+
+@pytest.mark.parametrize("streams", [("audio",), ("video", "audio")])
+@pytest.mark.parametrize("level", [0.0, 1 / 32768])
+def test_silent_clips(make_dataset, corpus, streams, level):
+    samples = np.sign(make_speech(640 * 24)) * np.float32(level)
+    write_audio(corpus.root / "set" / "clips" / "1.wav", samples)
+    with pytest.raises(MediaError, match="1.mp4: its sound is silent, expected speech"):
+        make_dataset(streams=streams)[1]
+    assert make_dataset(streams=streams, skip_bad_clips=True)[1] is None
+    assert make_dataset(streams=("video",))[1] is not None
+    write_audio(corpus.root / "set" / "clips" / "1.wav", make_speech(640 * 24) * 0.01)
+    assert make_dataset(streams=streams)[1] is not None
+
+
+@pytest.mark.parametrize("kept", [2, 4, 10, 20, 100])
+def test_a_clip_that_was_cut_off(make_dataset, corpus, kept):
+    whole = round(kept / 0.6)
+    write_video(corpus.root / "set" / "a.mp4", make_picture(kept))
+    write_audio(corpus.root / "set" / "a.wav", make_speech(640 * kept))
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{whole},1", f"set,a.mp4,{kept},1"])
+    dataset = make_dataset(file)
+    if whole > kept + 1:
+        with pytest.raises(MediaError, match=f"it has {kept} frames at 25 a second"):
+            dataset[0]
+    assert len(dataset[1]["video"]) == kept
+
+
+@pytest.mark.parametrize(("fps", "count"), [(24, 49), (30, 37), (50, 61), (60, 100), (10, 7)])
+@pytest.mark.parametrize("rounded", [math.floor, round, math.ceil])
+def test_numbers_of_other_frame_rates_may_be_rounded(make_dataset, corpus, fps, count, rounded):
+    write_video(corpus.root / "set" / "a.mp4", make_picture(count), fps=fps)
+    number = rounded(count / fps * 25)
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{number},1"])
+    assert abs(len(make_dataset(file, streams=("video",))[0]["video"]) - number) <= 1
+
+
+@pytest.mark.parametrize(("video_start", "audio_start"), [(0, 0.16), (0, 1.0), (0.6, 0)])
+def test_late_sound_alone_has_its_number(make_dataset, corpus, video_start, audio_start):
+    path = corpus.root / "set" / "a.mkv"
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start)
+    file = corpus.write_list("one.csv", ["set,a.mkv,75,1"])
+    assert "audio" in make_dataset(file, streams=("audio",))[0]
+
+
+def test_a_sound_track_that_ends_early(make_dataset, corpus):
+    samples = np.full((1, 640 * 20), 0.1, np.float32)
+    write_sound_track(corpus.root / "set" / "a.mp4", samples, frames=make_picture(40))
+    dataset = make_dataset(corpus.write_list("one.csv", ["set,a.mp4,40,1"]))
+    with pytest.raises(MediaError, match=r"a.mp4: the video lasts 1.60 s and the audio 0.8"):
+        dataset[0]
+
+
 @pytest.mark.parametrize("streams", [("video",), ("audio",)])
 def test_training_items_depend_on_seed_epoch_and_index(make_dataset, corpus, streams):
     def make(seed):
@@ -164,6 +241,12 @@ def test_bad_clips(make_dataset, corpus, caplog):
 def test_frames_smaller_than_the_crop(make_dataset, corpus):
     write_video(corpus.root / "set" / "clips" / "0.mp4", make_picture(20, size=16))
     with pytest.raises(ValueError, match=r"0.mp4: got frames of 16x16 pixels"):
+        make_dataset(skip_bad_clips=True)[0]
+
+
+def test_frames_of_a_whole_face(make_dataset, corpus):
+    write_video(corpus.root / "set" / "clips" / "0.mp4", make_picture(20, size=240))
+    with pytest.raises(ValueError, match=r"0.mp4: got frames of 240x240 pixels, .* mouth crops"):
         make_dataset(skip_bad_clips=True)[0]
 
 

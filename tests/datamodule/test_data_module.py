@@ -201,6 +201,23 @@ def test_noise_sources(make, tmp_path):
     assert data.train_dataset.audio_transform is None
 
 
+@pytest.mark.parametrize("copies", [1, 3])
+def test_babble_of_one_clip(make, corpus, caplog, copies):
+    row = (corpus.root / "labels" / "ids.csv").read_text().splitlines()[0]
+    corpus.write_list("one.csv", [row] * copies)
+    data = make(train_file="one.csv", snr_targets=(999999, -20))
+    data.setup("fit")
+    assert f"training without noise: {corpus.root}/set/clips/0.mp4 is the only" in caplog.text
+    assert sorted(indices_of(data.train_dataloader())) == list(range(copies))
+    with pytest.raises(ValueError, match=r"clips/0.mp4 is the only clip .*--noise-file"):
+        data.setup("test")  # the test list holds it
+    rows = (corpus.root / "labels" / "text.csv").read_text().splitlines()
+    corpus.write_list("others.csv", rows[1:])
+    data = make(train_file="one.csv", test_file="others.csv", snr_targets=(-20,))
+    data.setup("test")
+    assert len(indices_of(data.test_dataloader())) == 4
+
+
 def test_lists_are_read_once_and_only_those_needed(make, corpus):
     data = make(test_file="none.csv")
     data.setup("fit")
@@ -333,6 +350,27 @@ def test_files_in_crowded_folders_are_found_too(make, folders, monkeypatch, most
     make(**data).setup("fit")
     (folders / "0" / "8.mp4").unlink()
     with pytest.raises(MediaError, match=r"0/8.mp4: it does not exist"):
+        make(**data).setup("fit")
+
+
+@pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
+def test_clips_in_other_spellings(make, corpus, streams):
+    clips = corpus.root / "set" / "clips"
+    data = {"train_file": "text.csv", "val_file": None, "streams": streams}
+    names = ["0", "Zoe\u0308", "2", "Zo\u00eb3", "4"]  # on the disk
+    for index, name in enumerate(names):
+        for old, new in ((".mp4", ".MP4"), (".wav", ".WAV" if index else ".wav")):
+            (clips / f"{index}{old}").rename(clips / f"{name}{new}")
+    rows = (corpus.root / "labels" / "text.csv").read_text()
+    rows = rows.replace("clips/1", "clips/Zo\u00eb").replace("clips/3", "clips/Zoe\u03083")
+    corpus.write_list("text.csv", rows.splitlines())
+    module = make(**data)
+    module.setup("fit")
+    assert sorted(indices_of(module.train_dataloader())) == [0, 1, 2, 3, 4]
+    (clips / "Zo\u00eb3.MP4").rename(clips / "gone")
+    (clips / "Zo\u00eb3.WAV").unlink()
+    message = r"it does not exist, but .*text.csv, line 4 names it \(spelled '.*Zoe\\u03083.mp4'\)"
+    with pytest.raises(MediaError, match=message):
         make(**data).setup("fit")
 
 

@@ -1,7 +1,9 @@
 """Tests of datamodule/media.py."""
 
+import struct
 import subprocess
 import sys
+import unicodedata
 import wave
 from fractions import Fraction
 
@@ -10,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
-from media_files import make_picture, make_speech, write_sound_track
+from media_files import make_picture, make_speech, write_flash_and_click, write_sound_track
 
 from datamodule import media
 from datamodule.media import (
     MediaError,
     find_audio,
+    find_file,
     read_audio,
     read_video,
     write_audio,
@@ -161,6 +164,36 @@ def test_read_audio_averages_channels(tmp_path):
     torch.testing.assert_close(read_audio(tmp_path / "a.wav"), torch.full((1600,), 0.0625))
 
 
+@pytest.mark.parametrize("factor", [-1.0, -0.9, -1.1])
+def test_channels_out_of_phase_do_not_cancel(tmp_path, factor):
+    channels = np.stack([make_speech(32000), factor * make_speech(32000)])
+    write_pcm(tmp_path / "a.wav", channels)
+    expected = channels[int(factor < -1)]
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav").numpy(), expected, atol=2e-5)
+    write_sound_track(tmp_path / "a.mp4", channels)
+    level = read_audio(tmp_path / "a.mp4")[2000:30000].square().mean().sqrt()
+    assert level == pytest.approx(0.1 * max(1, -factor), rel=0.15)
+
+
+@pytest.mark.parametrize("num_channels", [2, 6])
+def test_one_channel_of_several_that_sounds_is_averaged(tmp_path, num_channels):
+    channels = np.zeros((num_channels, 16000), np.float32)
+    channels[0] = make_speech(16000)
+    write_pcm(tmp_path / "a.wav", channels)
+    expected = channels[0] / num_channels
+    np.testing.assert_allclose(read_audio(tmp_path / "a.wav").numpy(), expected, atol=2e-5)
+
+
+def write_pcm(path, channels):
+    """Write channels (C, S) as 16-bit wav at 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels))
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        pcm = np.clip(np.rint(channels.T * 32768), -32768, 32767)
+        file.writeframes(pcm.astype("<i2").tobytes())
+
+
 def test_read_audio_of_a_sound_track(tmp_path):
     tone = np.sin(np.arange(48000) / 48000 * 2 * np.pi * 300)[None].astype(np.float32) * 0.5
     write_sound_track(tmp_path / "a.mp4", tone, frames=make_picture(25), rate=48000)
@@ -176,6 +209,24 @@ def test_find_audio_prefers_wav(tmp_path):
     assert find_audio(video) == video
     write_audio(tmp_path / "a.wav", make_speech(10))
     assert find_audio(video) == str(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("listed", "there"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("suffix", [".wav", ".WAV", ".Wav"])
+def test_files_are_found_in_other_spellings(tmp_path, listed, there, suffix):
+    folder, name = "Käte", "réunion.1"
+    path = tmp_path / unicodedata.normalize(there, folder) / unicodedata.normalize(there, name)
+    path.parent.mkdir()
+    write_audio(f"{path}{suffix}", make_speech(10))
+    stem = str(tmp_path / unicodedata.normalize(listed, f"{folder}/{name}"))
+    assert find_file(stem + ".wav") == find_audio(stem + ".mp4") == f"{path}{suffix}"
+    assert find_file(stem + "2.wav") is None
+    assert find_file(str(tmp_path / "none" / "a.wav")) is None
+
+
+def test_a_missing_file_that_is_not_ascii_is_spelled_out(tmp_path):
+    with pytest.raises(MediaError, match=r": no such file \(spelled '.*\\u0430.mp4'\)$"):
+        read_video(tmp_path / "\u0430.mp4")
 
 
 def _float_wav(path, samples):
@@ -267,3 +318,122 @@ def test_frames_may_differ_in_range(tmp_path, monkeypatch):
     video = read_video(tmp_path / "a.mp4")
     assert video[:, 0, 0].tolist() == [128, 126, 126, 128, 126]
     assert (video == video[:, :1, :1]).all()
+
+
+def flash_and_click(path):
+    """Return when the flash and the click begin, in seconds from the first frame."""
+    bright = read_video(path).float().mean((1, 2)) > 128
+    loud = read_audio(path) > 0.4
+    return bright.int().argmax().item() / 25, loud.int().argmax().item() / 16000
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize(
+    ("video_start", "audio_start"), [(0, 0), (0, 0.16), (0, 1.0), (0.5, 0), (0.3, 0.7), (5, 5.4)]
+)
+def test_streams_that_start_at_different_times(tmp_path, suffix, video_start, audio_start):
+    path = tmp_path / f"a.{suffix}"
+    at = video_start + 2.0
+    write_flash_and_click(path, video_start=video_start, audio_start=audio_start, at=at)
+    flash, click = flash_and_click(path)
+    assert flash == pytest.approx(2.0)
+    assert click == pytest.approx(2.0, abs=0.01)
+    assert len(read_video(path)) == 75
+    expected = audio_start - video_start
+    assert media.audio_start(path) / 16000 == pytest.approx(expected, abs=0.065)  # one AAC frame
+    assert len(read_audio(path)) / 16000 == pytest.approx(3 + expected, abs=0.1)
+
+
+@pytest.mark.parametrize("fps", [25, 30])
+@pytest.mark.parametrize("gap", [(0.4, 1.4), (1.0, 1.9), (2.3, 2.7)])
+def test_gaps_in_the_streams(tmp_path, fps, gap):
+    path = tmp_path / "a.mkv"
+    write_flash_and_click(path, fps=fps, gap=gap)
+    flash, click = flash_and_click(path)
+    assert flash == pytest.approx(2.0, abs=0.02)
+    assert click == pytest.approx(2.0, abs=0.01)
+    assert len(read_video(path)) == 75
+    assert len(read_audio(path)) == pytest.approx(48000, abs=1100)
+
+
+def test_a_small_difference_of_starts_changes_no_sample(tmp_path):
+    for name, start in [("a", 0.0), ("b", 0.016)]:
+        write_flash_and_click(tmp_path / f"{name}.mkv", audio_start=start, at=2.0 + start)
+    assert torch.equal(read_audio(tmp_path / "a.mkv"), read_audio(tmp_path / "b.mkv"))
+
+
+def test_time_stamps_that_jump(tmp_path):
+    write_flash_and_click(tmp_path / "a.mkv", audio_start=90, at=91)
+    with pytest.raises(MediaError, match="time stamps jump by 90 s, expected gaps of at most 60 s"):
+        read_audio(tmp_path / "a.mkv")
+    encode(tmp_path / "b.mkv", make_picture(2), times=[0, 100000])
+    with pytest.raises(MediaError, match="time stamps jump by 100 s"):
+        read_video(tmp_path / "b.mkv")
+
+
+def test_sound_that_ends_before_the_video_starts(tmp_path):
+    write_flash_and_click(tmp_path / "a.mkv", video_start=4, at=4)
+    with pytest.raises(MediaError, match="the sound ends before the video starts"):
+        read_audio(tmp_path / "a.mkv")
+
+
+def test_a_cover_picture_does_not_move_the_sound(tmp_path):
+    with av.open(str(tmp_path / "a.mp3"), "w") as container:
+        audio = container.add_stream("mp3", rate=16000)
+        audio.codec_context.layout = "mono"
+        cover = container.add_stream("png", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "rgb24"
+        container.start_encoding()
+        frame = av.VideoFrame.from_ndarray(make_picture(1)[0], format="rgb24")
+        frame.pts = 0
+        container.mux(cover.encode(frame))
+        container.mux(cover.encode(None))
+        sound = av.AudioFrame.from_ndarray(make_speech(16000)[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = 16000, 0
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode(None))
+    assert media.audio_start(tmp_path / "a.mp3") == 0
+    assert abs(len(read_audio(tmp_path / "a.mp3")) - 16000) < 3000
+
+
+def turn(path, matrix):
+    """Write the four numbers of a display matrix into the track header of an mp4 file."""
+    data = bytearray(path.read_bytes())
+    place = data.find(b"tkhd") + 44  # by ISO 14496-12, version 0
+    assert struct.unpack(">9i", data[place : place + 36])[::4] == (1 << 16, 1 << 16, 1 << 30)
+    a, b, c, d = (value << 16 for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "turned"),
+    [
+        ((1, 0, 0, 1), lambda image: image),
+        ((0, 1, -1, 0), lambda image: np.rot90(image, -1)),  # a phone held upright: clockwise
+        ((-1, 0, 0, -1), lambda image: np.rot90(image, 2)),
+        ((0, -1, 1, 0), lambda image: np.rot90(image, 1)),
+        ((-1, 0, 0, 1), np.fliplr),
+        ((1, 0, 0, -1), np.flipud),
+        ((0, 1, 1, 0), np.transpose),
+    ],
+)
+def test_the_display_matrix_turns_and_mirrors(tmp_path, matrix, turned):
+    frames = make_picture(3, size=48)[:, :32]
+    write_video(tmp_path / "a.mp4", frames)
+    before = read_video(tmp_path / "a.mp4").numpy()
+    turn(tmp_path / "a.mp4", matrix)
+    after = read_video(tmp_path / "a.mp4").numpy()
+    np.testing.assert_array_equal(after, [turned(image) for image in before])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        rotation = next(container.decode(video=0)).rotation
+    if matrix[0] * matrix[3] - matrix[1] * matrix[2] > 0:  # no mirror
+        np.testing.assert_array_equal(after[0], np.rot90(before[0], rotation // 90))
+
+
+def test_a_picture_that_is_turned_askew(tmp_path):
+    write_video(tmp_path / "a.mp4", make_picture(3))
+    turn(tmp_path / "a.mp4", (1, 1, -1, 1))
+    with pytest.raises(MediaError, match="turned askew, expected a multiple of 90 degrees"):
+        read_video(tmp_path / "a.mp4")

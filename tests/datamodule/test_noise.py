@@ -61,6 +61,20 @@ def test_file_noise_draws_all_files(tmp_path):
     assert levels == {1 / 8, 2 / 8, 3 / 8}
 
 
+def test_a_folder_of_noise(tmp_path):
+    (tmp_path / "below").mkdir()
+    for level, name in enumerate(["a.wav", "B.WAV", "below/c.wav"], 1):
+        write_audio(tmp_path / name, torch.full((10,), level / 8).numpy())
+    (tmp_path / "README.txt").write_text("not a recording")
+    (tmp_path / "._a.wav").write_text("what some systems leave beside a file")
+    noise = FileNoise([str(tmp_path)])
+    levels = {noise.sample(5, generator=seeded(seed))[0].item() for seed in range(30)}
+    assert levels == {1 / 8, 2 / 8, 3 / 8}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MediaError, match="empty: the folder holds no WAV file, expected noise"):
+        FileNoise([str(tmp_path / "empty")])
+
+
 def test_missing_noise_file(tmp_path):
     with pytest.raises(MediaError, match="none.wav: no such file"):
         FileNoise([str(tmp_path / "none.wav")])
@@ -95,6 +109,38 @@ def test_babble_draws_some_of_the_bank(corpus):
     assert len(periods) == 3
     again = BabbleNoise(LabelList(str(corpus.root), "ids.csv"), seed=0, bank_size=3, num_voices=1)
     assert torch.equal(again.sample(100000, generator=seeded(0)), draws[0])
+
+
+def test_a_silent_noise_file_is_refused(tmp_path):
+    write_audio(tmp_path / "a.wav", make_speech(100))
+    write_audio(tmp_path / "b.wav", make_speech(100) * 0)
+    with pytest.raises(MediaError, match=r"b.wav: it is silent, expected noise"):
+        FileNoise([str(tmp_path / "a.wav"), str(tmp_path / "b.wav")])
+
+
+@pytest.mark.parametrize("begin", [0, 30000, 49000])
+@pytest.mark.parametrize("num_samples", [500, 1500, 70000])
+def test_a_silent_stretch_is_not_drawn(tmp_path, begin, num_samples):
+    samples = torch.zeros(50000)
+    samples[begin : begin + 1000] = torch.from_numpy(make_speech(1000))
+    write_audio(tmp_path / "a.wav", samples.numpy())
+    noise = FileNoise([str(tmp_path / "a.wav")])
+    for seed in range(20):
+        stretch = noise.sample(num_samples, generator=seeded(seed))
+        assert stretch.shape == (num_samples,)
+        assert stretch.abs().max() > 0.1
+
+
+def test_babble_of_mostly_silent_clips(corpus):
+    for index in range(5):
+        samples = make_speech(30000) * 0
+        samples[7000:7010] = 0.5
+        write_audio(corpus.root / "set" / "clips" / f"{index}.wav", samples)
+    noise = BabbleNoise(LabelList(str(corpus.root), "ids.csv"), seed=0)
+    for seed in range(20):
+        babble = noise.sample(300, generator=seeded(seed))
+        assert babble.shape == (300,)
+        assert babble.norm() > 0
 
 
 def test_babble_without_others_is_silent(corpus):

@@ -92,6 +92,24 @@ def test_frame_smaller_than_the_crop():
         VideoTransform(subset="val")(grey_clip())
 
 
+@pytest.mark.parametrize("subset", ["train", "val", "test"])
+@pytest.mark.parametrize("shape", [(720, 1280), (224, 224), (96, 200), (177, 96)])
+def test_frames_of_a_whole_face(subset, shape):
+    frames = torch.zeros(2, *shape, dtype=torch.uint8)
+    message = rf"got frames of {shape[0]}x{shape[1]} pixels, expected mouth crops of about 96x96"
+    with pytest.raises(ValueError, match=message):
+        VideoTransform(subset=subset)(frames)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_size"), [(88, 88), (96, 88), (128, 88), (176, 88), (96, 24), (128, 112)]
+)
+def test_frames_of_a_mouth(size, crop_size):
+    frames = torch.zeros(2, size, size, dtype=torch.uint8)
+    video = VideoTransform(subset="val", crop_size=crop_size)(frames)
+    assert video.shape == (2, 1, crop_size, crop_size)
+
+
 @pytest.mark.parametrize("transform", [VideoTransform, AudioTransform])
 def test_unknown_subset(transform):
     with pytest.raises(ValueError, match="got subset 'dev', expected one of train, val, test"):
@@ -123,6 +141,17 @@ def test_audio_test_snr(snr):
     ratio = samples.square().sum() / (mixed - samples).square().sum()
     assert 10 * torch.log10(ratio).item() == pytest.approx(snr, abs=1e-3)
     assert noise.asked == ["a.mp4"]
+
+
+@pytest.mark.parametrize("subset", ["train", "test"])
+def test_silent_noise_is_refused(subset):
+    class Silence:
+        def sample(self, num_samples, **_):
+            return torch.zeros(num_samples)
+
+    transform = AudioTransform(subset=subset, noise=Silence(), snr_target=-20)
+    with pytest.raises(ValueError, match="a.mp4: got silent noise for an SNR of -20 dB, expected"):
+        transform(torch.from_numpy(make_speech(5000)), seeded(0), exclude="a.mp4")
 
 
 @pytest.mark.parametrize("snr", [None, 999999])
