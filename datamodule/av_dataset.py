@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in length: 0.2 s
 
-SILENT_PEAK = 1e-4  # -80 dB, three steps of 16 bits: dither, but no speech
+SILENT_RANGE = 2e-4  # between peaks: six steps of 16 bits are dither, but no speech
 
 
 class Vocabulary(Protocol):
@@ -197,7 +197,7 @@ class AVDataset(Dataset):
             audio = self._fit_to_video(audio, len(video), path)
         streams = {}
         if audio is not None:
-            if float(audio.abs().max()) < SILENT_PEAK:
+            if float(audio.max() - audio.min()) < SILENT_RANGE:
                 raise MediaError(path, "its sound is silent, expected speech")
             streams["audio"] = self.audio_transform(audio, generator, exclude=path)
         if video is not None:

@@ -378,8 +378,8 @@ def _nearest_frames(times: np.ndarray, *, last_duration: float) -> np.ndarray:
     times = times - times[0]
     spacings = np.diff(times)
     spacing = float(np.median(spacings)) if len(spacings) else last_duration
-    if last_duration > 1.5 * spacing:
-        last_duration = spacing  # The rate is an average, which gaps lower.
+    if spacings.max(initial=0) > 1.5 * spacing:
+        last_duration = min(last_duration, spacing)  # The rate is an average, which gaps lower.
     num_frames = max(1, round((times[-1] + last_duration) * VIDEO_RATE))
     ticks = np.arange(num_frames) / VIDEO_RATE
     earliest = times[1:] - 0.75 * spacing  # Evenly spaced frames begin at half a spacing before.

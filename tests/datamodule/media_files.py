@@ -48,7 +48,17 @@ def write_sound_track(path, samples, *, frames=None, rate=16000):
 
 
 def write_flash_and_click(
-    path, *, video_start=0.0, audio_start=0.0, seconds=3.0, at=2.0, fps=25, gap=None, rate=16000
+    path,
+    *,
+    video_start=0.0,
+    audio_start=0.0,
+    seconds=3.0,
+    at=2.0,
+    fps=25,
+    gap=None,
+    rate=16000,
+    keyframes=250,
+    b_frames=0,
 ):
     """Write a flash and a click at one time, in streams that need not start together.
 
@@ -61,7 +71,8 @@ def write_flash_and_click(
 
     millisecond = Fraction(1, 1000)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=fps, options={"bf": "0"})
+        options = {"bf": str(b_frames), "g": str(keyframes), "sc_threshold": "0"}
+        video = container.add_stream("libx264", rate=fps, options=options)
         video.height = video.width = 32
         video.pix_fmt = "yuv420p"
         video.codec_context.time_base = millisecond

@@ -144,9 +144,9 @@ def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, numb
 
 
 @pytest.mark.parametrize("streams", [("audio",), ("video", "audio")])
-@pytest.mark.parametrize("level", [0.0, 1 / 32768])
-def test_silent_clips(make_dataset, corpus, streams, level):
-    samples = np.sign(make_speech(640 * 24)) * np.float32(level)
+@pytest.mark.parametrize(("level", "offset"), [(0, 0), (1 / 32768, 0), (1 / 32768, 0.01)])
+def test_silent_clips(make_dataset, corpus, streams, level, offset):
+    samples = np.sign(make_speech(640 * 24)) * np.float32(level) + np.float32(offset)
     write_audio(corpus.root / "set" / "clips" / "1.wav", samples)
     with pytest.raises(MediaError, match="1.mp4: its sound is silent, expected speech"):
         make_dataset(streams=streams)[1]

@@ -344,10 +344,11 @@ def test_streams_that_start_at_different_times(tmp_path, suffix, video_start, au
     assert len(read_audio(path)) / 16000 == pytest.approx(3 + expected, abs=0.1)
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize("fps", [25, 30])
 @pytest.mark.parametrize("gap", [(0.4, 1.4), (1.0, 1.9), (2.3, 2.7)])
-def test_gaps_in_the_streams(tmp_path, fps, gap):
-    path = tmp_path / "a.mkv"
+def test_gaps_in_the_streams(tmp_path, suffix, fps, gap):
+    path = tmp_path / f"a.{suffix}"
     write_flash_and_click(path, fps=fps, gap=gap)
     flash, click = flash_and_click(path)
     assert flash == pytest.approx(2.0, abs=0.02)
@@ -437,3 +438,25 @@ def test_a_picture_that_is_turned_askew(tmp_path):
     turn(tmp_path / "a.mp4", (1, 1, -1, 1))
     with pytest.raises(MediaError, match="turned askew, expected a multiple of 90 degrees"):
         read_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(("keyframe", "expected"), [(2.0, 1.0), (4.0, -1.0)])
+def test_a_cut_without_encoding(tmp_path, suffix, keyframe, expected):
+    """Sound is cut where it is asked for, 3 s, video at a key frame before or after that."""
+    rate = 16000
+    write_flash_and_click(tmp_path / "whole.mp4", seconds=7.0, at=5.0, keyframes=50, b_frames=2)
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(tmp_path / "whole.mp4")) as whole, av.open(str(path), "w") as part:
+        streams = [whole.streams.video[0], whole.streams.audio[0]]
+        copies = {stream.index: part.add_stream_from_template(stream) for stream in streams}
+        begins = {streams[0].index: keyframe, streams[1].index: 3.0}
+        for packet in whole.demux(streams):
+            index = packet.stream.index
+            if packet.dts is not None and packet.pts * packet.time_base >= begins[index]:
+                packet.stream = copies[index]
+                part.mux(packet)
+    flash, click = flash_and_click(path)
+    assert flash == pytest.approx(5.0 - keyframe)
+    assert click == pytest.approx(flash, abs=0.01)
+    assert media.audio_start(path) / rate == pytest.approx(expected, abs=0.1)
