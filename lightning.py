@@ -21,7 +21,7 @@ from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
-from espnet.utils.checkpoint import check_bases, without_bases
+from espnet.utils.checkpoint import VOCABULARY, check_bases, check_vocabulary, without_bases
 from espnet.utils.evaluation import Decoded
 from espnet.utils.optimizer import build_optimizer, parameter_groups
 from espnet.utils.options import TrainingOptions
@@ -217,7 +217,9 @@ class ModelModule(pl.LightningModule):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what loading the model's bases brings back, and names them."""
+        """Leaves out what loading the model's bases brings back; names them and the vocabulary."""
+        if self.model.vocabulary:
+            checkpoint[VOCABULARY] = self.model.vocabulary
         if self._training_sums is not None:  # in the middle of an epoch
             sums = self._training_sums.clone()  # The reduction may be in place.
             checkpoint["training_sums"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
@@ -226,8 +228,9 @@ class ModelModule(pl.LightningModule):
             checkpoint.update(state_dict=state, bases=found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of a model on other bases."""
+        """Refuses a checkpoint of a model on other bases, or with another vocabulary."""
         check_bases(self.model, checkpoint, "to resume from")
+        check_vocabulary(self.model, checkpoint, "to resume from")
         self._training_sums = checkpoint.get("training_sums")
         if self._training_sums is not None and self.global_rank > 0:
             self._training_sums.zero_()  # They are those of all processes.

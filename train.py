@@ -2,6 +2,7 @@
 """Trains a recogniser, averages its last epochs and scores the average on the test list."""
 
 import os
+import shutil
 import sys
 import time
 from argparse import ArgumentParser
@@ -117,6 +118,7 @@ def run(options: Options, watch: Stopwatch) -> None:
         with whole_file(run_dir / "config.yaml") as unfinished:
             config = {**to_flat(options), "resumed": resumed}
             save_config(config, unfinished, package_versions())
+        keep_vocabulary(options, run_dir)
         for name, (before, now) in (resumed[-1]["changed"] if resumed else {}).items():
             print(f"Resuming with {flag(name)} {now}, {before} before")
         print(f"Training {parameter_count(model)} ({modality}) in {run_dir}")
@@ -136,6 +138,16 @@ def run(options: Options, watch: Stopwatch) -> None:
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
         print(watch)
+
+
+def keep_vocabulary(options: Options, run_dir: Path) -> None:
+    """Copies the SentencePiece model and its units, by their names, into the folder of the run."""
+    from espnet.utils.recovery.checkpoint_io import whole_file
+
+    for path in (options.data.sp_model_path, options.data.dict_path):
+        if path:
+            with whole_file(run_dir / Path(path).name) as unfinished:
+                shutil.copyfile(path, unfinished)
 
 
 def fit(

@@ -16,6 +16,7 @@ import yaml
 import eval as evaluation
 import lightning as train_module
 import train
+from datamodule.train_tokenizer import train_tokenizer
 from espnet.utils import building
 from tests.auto_avsr_cases import CASES, fill
 
@@ -30,6 +31,8 @@ RUN_FILES = {
     "metrics.csv",
     "model_avg_10.pth",
     "test",
+    "unigram.model",
+    "unigram_units.txt",
 }
 
 
@@ -496,3 +499,67 @@ def test_lack_of_memory_for_the_model_is_one_line(train_arguments, capsys, monke
     error = error_of(capsys, train, train_arguments("large", "audio"))
     assert "out of memory outside of training: choose a smaller model" in error
     assert "lower --decode-max-frames (now 1600)" in error
+
+
+@pytest.fixture
+def replaced_vocabulary(corpus, tmp_path):
+    """The corpus with a SentencePiece model of the same size that was trained on other words."""
+    root = tmp_path / "replaced"
+    shutil.copytree(corpus, root)
+    units = (root / "spm/unigram_units.txt").read_text().splitlines()
+    before = [line.split()[0] for line in units]
+    turned = [piece[:0:-1] for piece in before if len(piece) > 1 and piece[0] == "\u2581"]
+    found = train_tokenizer(
+        turned,
+        root / "spm/unigram",
+        vocab_size=len(units) + 2,
+        seed_pieces=[f"\u2581{word}" for word in turned],
+    )
+    assert len(found) == len(units)
+    assert list(found) != before
+    return root
+
+
+def test_a_vocabulary_that_was_replaced_in_place_is_not_taken(
+    run_dir, replaced_vocabulary, train_arguments, tmp_path, capsys
+):
+    """The run's own copy is; another one is refused, whatever is done with the checkpoint."""
+    root = ["--root-dir", str(replaced_vocabulary)]
+    moved = tmp_path / "moved" / "model_avg_10.pth"
+    moved.parent.mkdir()
+    shutil.copyfile(run_dir / "model_avg_10.pth", moved)
+    out = ["--test-file", "test.csv", "--output-dir", str(tmp_path / "out")]
+    average = ["--pretrained-model-path", str(run_dir / "model_avg_10.pth")]
+    evaluation.main([*average, *root, *out])
+    name = "hypotheses_audiovisual_clean.jsonl"
+    assert read_lines(tmp_path / "out" / name) == read_lines(run_dir / "test" / name)
+    other = ["--sp-model-path", str(replaced_vocabulary / "spm/unigram.model")]
+    for checkpoint in ("model_avg_10.pth", "last.ckpt"):
+        path = ["--pretrained-model-path", str(run_dir / checkpoint)]
+        error = error_of(capsys, evaluation, [*path, *root, *out, *other])
+        assert f"{checkpoint} was trained with another vocabulary" in error
+    dropout = ["--modality-dropout", "0.3", "0.3"]
+    for more in (
+        ["--ckpt-path", run_dir / "last.ckpt"],
+        average,
+        ["--pretrained-model-path", moved],
+    ):
+        arguments = train_arguments("replaced", "audiovisual", *dropout, *root, *more)
+        assert "was trained with another vocabulary" in error_of(capsys, train, arguments)
+    assert not (train_arguments.exp_dir / "replaced").exists()
+
+
+def test_checkpoints_that_do_not_tell_their_vocabulary_load_as_before(
+    run_dir, replaced_vocabulary, corpus, tmp_path
+):
+    """So did those of earlier versions, whose runs have no copy either."""
+    run = tmp_path / "earlier"
+    run.mkdir()
+    torch.save(dict(state_of(run_dir / "model_avg_10.pth")), run / "model_avg_10.pth")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["sp_model_path"] == str(corpus / "spm/unigram.model")
+    config["sp_model_path"] = str(replaced_vocabulary / "spm/unigram.model")
+    config["dict_path"] = str(replaced_vocabulary / "spm/unigram_units.txt")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--root-dir", str(corpus), "--test-file", "test.csv"]
+    evaluation.main(["--pretrained-model-path", str(run / "model_avg_10.pth"), *arguments])

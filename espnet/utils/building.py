@@ -14,7 +14,7 @@ from datamodule.pretrained_text_transform import (
 )
 from datamodule.text_transform import TextTransform
 from espnet.formats import CLEAN_SNR, MODALITIES, VIDEO_RATE
-from espnet.nets.decoders import DecoderOptions, Vocabulary
+from espnet.nets.decoders import DecoderOptions, Vocabulary, vocabulary_fingerprint
 from espnet.nets.encoders import EncoderChoice
 from espnet.nets.model_options import ModelOptions
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
@@ -59,6 +59,7 @@ def build_model(options: ModelOptions, text_transform: AnyTextTransform) -> E2E:
         eos=text_transform.eos,
         prompt=text_transform.prompt,
         special_tokens=text_transform.special_tokens,
+        fingerprint=vocabulary_fingerprint(text_transform.token_list),
     )
     return E2E(options, vocabulary)
 

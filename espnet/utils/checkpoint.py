@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from espnet.nets.pytorch_backend.qlora_utils import adapter_names, plain_shapes,
 
 BARE_FRONTEND = ("trunk.", "frontend3D.")  # names in word-classification checkpoints
 SHOWN = 3  # mismatches that an error names
+VOCABULARY = "vocabulary"  # under which a checkpoint keeps the fingerprint of its tokens
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path} holds a {type(content).__name__}, a state dict is expected"
         )
-    return dict(content)
+    of_model = getattr(content, "_metadata", {}).get("", {})
+    known = {VOCABULARY: of_model[VOCABULARY]} if VOCABULARY in of_model else {}
+    return {**content, **known}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -86,10 +90,24 @@ def trained_content(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         A plain state dict; for a model with pretrained parts `model_state_dict`, the weights, and
-        `bases`, the name and fingerprint of what each part was loaded from.
+        `bases`, the name and fingerprint of what each part was loaded from. The fingerprint of the
+        vocabulary is beside them as `vocabulary`, or in the plain state dict's `_metadata`, where
+        PyTorch keeps what it knows of modules.
     """
     state, found = without_bases(model, model.state_dict())
-    return {"model_state_dict": state, "bases": found} if found else state
+    return _content(state, found, model.vocabulary)
+
+
+def _content(
+    state: Mapping[str, Tensor], found: Mapping[str, Any], vocabulary: str | None
+) -> dict[str, Any]:
+    if found:
+        known = {VOCABULARY: vocabulary} if vocabulary else {}
+        return {"model_state_dict": state, "bases": found, **known}
+    state = OrderedDict(state)
+    if vocabulary:  # The model's own `_metadata` is left out, as it has always been.
+        state._metadata = {"": {VOCABULARY: vocabulary}}
+    return state
 
 
 def without_bases(
@@ -111,10 +129,12 @@ def load_model(model: nn.Module, path: str | Path, content: dict[str, Any] | Non
     """Loads a checkpoint of the whole model; `content` is what it holds, if it has been read.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases.
+        ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases or
+            another vocabulary.
     """
     content = read_checkpoint(path) if content is None else content
     check_bases(model, content, path)
+    check_vocabulary(model, content, path)
     load_weights(model, _state_dict(content, path), path)
 
 
@@ -135,6 +155,23 @@ def check_bases(model: nn.Module, content: Mapping[str, Any], source: str | Path
                 f"{trained['fingerprint']}) as {part}, but the model has {base.name} (fingerprint "
                 f"{base.fingerprint}): give the one that it was trained on"
             )
+
+
+def check_vocabulary(model: nn.Module, content: Mapping[str, Any], source: str | Path) -> None:
+    """Makes sure that a checkpoint's ids stand for the model's tokens.
+
+    Earlier checkpoints do not tell. Errors call the checkpoint `source`.
+
+    Raises:
+        ValueError: If they stand for others.
+    """
+    trained = content.get(VOCABULARY)
+    if None not in (trained, model.vocabulary) and trained != model.vocabulary:
+        raise ValueError(
+            f"checkpoint {source} was trained with another vocabulary (fingerprint {trained}) than "
+            f"the one given (fingerprint {model.vocabulary}): give its own, of which its run keeps "
+            "a copy, with --sp-model-path (or --decoder-name)"
+        )
 
 
 def load_weights(
@@ -189,6 +226,7 @@ def transfer_weights(
     optional = adapter_names(model) | _brought_back(model, recorded)
     if not frontend and not encoder:
         check_bases(model, content, path)
+        check_vocabulary(model, content, path)
         load_weights(model, state, path, optional=optional)
         return
     parts = ["video_frontend", "audio_frontend"] * frontend + ["encoder"] * encoder
@@ -235,4 +273,4 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
             total[name] += other[name]
     for name, value in total.items():
         state[name] = (value / len(paths)).to(state[name].dtype)
-    return {"model_state_dict": state, "bases": content["bases"]} if "bases" in content else state
+    return _content(state, content.get("bases", {}), content.get(VOCABULARY))

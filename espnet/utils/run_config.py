@@ -15,7 +15,8 @@ from espnet.option_tree import changed, flag, from_flat, names, to_flat
 from espnet.utils.options import Options, train_parser
 
 CHECKPOINTS = ("vision_encoder_name", "audio_encoder_name", "decoder_name")
-PATHS = (*CHECKPOINTS, "sp_model_path", "dict_path")
+VOCABULARY_PATHS = ("sp_model_path", "dict_path")
+PATHS = (*CHECKPOINTS, *VOCABULARY_PATHS)
 FIXED = {"optimizer"}  # for a whole training
 # What says nothing of the training that is resumed.
 MAY_DIFFER = {
@@ -44,9 +45,12 @@ def parse_eval_args(
         parser.error(str(error))
     run = {name: value for name, value in config.items() if name in inherited and value is not None}
     for name in run.keys() & set(PATHS):  # Those of an exported model are relative to its folder.
-        beside = Path(given.pretrained_model_path).parent / run[name]
-        if beside.exists():
-            run[name] = str(beside.resolve())
+        folder = Path(given.pretrained_model_path).parent
+        found = folder / run[name]
+        if name in VOCABULARY_PATHS and (folder / found.name).exists():
+            found = folder / found.name  # The run's own copy: the other may have been made anew.
+        if found.exists():
+            run[name] = str(found.resolve())
     if config and "whisper_margin" not in config and not config.get("whisper_pad_30s"):
         run["whisper_margin"] = 0.0  # The run is older than the option.
     if given.whisper_pad_30s or given.whisper_margin is not None:
