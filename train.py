@@ -99,12 +99,14 @@ def run(options: Options, watch: Stopwatch) -> None:
         data.setup("test")
     check_positions(options.model, data, text_transform)
     model = build_model(options.model, text_transform)
+    transferred = ""
     if options.training.pretrained_model_path:
-        transfer_weights(
+        transferred = transfer_weights(
             model,
             options.training.pretrained_model_path,
             frontend=options.training.transfer_frontend,
             encoder=options.training.transfer_encoder,
+            everything=options.training.transfer_all,
         )
     run_dir = Path(options.run.exp_dir) / options.run.exp_name
     resume = resume_path(options.run.ckpt_path, run_dir)
@@ -112,6 +114,8 @@ def run(options: Options, watch: Stopwatch) -> None:
     resumed = resumed_from(options, resume, read[resume]) if resume else []
     module = ModelModule(model, text_transform, options.training, options.search, options.data.seed)
     trainer = make_trainer(options, model, run_dir, read)
+    if trainer.is_global_zero and transferred:
+        print(transferred)
     if trainer.is_global_zero and not options.run.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)

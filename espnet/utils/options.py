@@ -105,7 +105,12 @@ class TrainingOptions:
         "whisper --decoder whisper)",
     )
     transfer_frontend: bool = of_training(False, "take only its front-end's weights")
-    transfer_encoder: bool = of_training(False, "take only its encoder's weights")
+    transfer_encoder: bool = of_training(
+        False, "take only its encoder's weights, with the projection before it where it fits"
+    )
+    transfer_all: bool = of_training(
+        False, "take all that it has but the layers of the vocabulary, which may be another one"
+    )
     max_epochs: int = of_training(75, kind=COUNT)
     warmup_epochs: float = of_training(5.0, "of rising rate", kind=NON_NEGATIVE)
     ctc_first_epochs: int = of_training(
