@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from datamodule.bad_clip import BadClip, by_cause
 from datamodule.loaders import model_inputs
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
@@ -22,7 +23,7 @@ from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
 from espnet.utils.checkpoint import VOCABULARY, check_bases, check_vocabulary, without_bases
-from espnet.utils.evaluation import Decoded
+from espnet.utils.evaluation import Decoded, gather
 from espnet.utils.optimizer import build_optimizer, parameter_groups
 from espnet.utils.options import TrainingOptions
 
@@ -73,6 +74,7 @@ class ModelModule(pl.LightningModule):
         self.agreed: list[float] = []
         self._training_sums: Tensor | None = None  # of the current epoch, until they are logged
         self._validation_sums: Tensor | None = None
+        self._bad_clips: list[BadClip] = []  # of the current epoch, in this process
         self._statistics: list[Tensor] = []
         self._everywhere = 0.0  # utterances of the current batch, in all processes
         self._empty = 0.0  # processes whose batch has no utterance
@@ -148,6 +150,7 @@ class ModelModule(pl.LightningModule):
         """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
+        self._bad_clips += batch.get("bad_clips", [])
         self._count("skipped_utterances", size if self._empty else 0)
         if (
             self._empty
@@ -211,10 +214,21 @@ class ModelModule(pl.LightningModule):
         values = dict(zip(COUNTS, sums[len(TRAINING_SUMS) + 1 :], strict=True))
         if utterances:
             values |= {n: v / utterances for n, v in zip(TRAINING_SUMS, means, strict=True)}
+        self._tell_bad_clips(values["bad_clips"], "the training")
         if self.model.ctc is None:
             del values["short_utterances"]
         values["monitoring_step"] = float(self.global_step)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+
+    def _tell_bad_clips(self, number: float, where: str) -> None:
+        """Logs what stood in the way of an epoch's bad clips, so many in all processes."""
+        found, self._bad_clips = self._bad_clips, []
+        if not number or self.trainer.sanity_checking:
+            return
+        found = gather(found)
+        if found and self.trainer.is_global_zero:
+            epoch = self.current_epoch + 1
+            logger.warning("%s of epoch %d left out %s", where, epoch, by_cause(found))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out what loading the model's bases brings back; names them and the vocabulary."""
@@ -237,18 +251,23 @@ class ModelModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Begins new sums."""
-        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 4, device=self.device)
+        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 5, device=self.device)
+        self._bad_clips = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         """Adds a batch to losses, accuracy and the word errors of greedy CTC."""
+        self._bad_clips += batch.get("bad_clips", [])
+        self._validation_sums[-1] += batch["num_bad_clips"]
+        if not len(batch["indices"]):
+            return
         targets = batch["targets"]
         encoded = self.model.encode(*model_inputs(batch))
         values = torch.stack(self.model.losses(encoded, targets))
         words = self._greedy_errors(encoded, targets)
         sizes = send(torch.tensor([float(len(targets)), *words]), self.device)
         finite = values[0].isfinite()
-        self._validation_sums[:-1] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
-        self._validation_sums[-1] += ~finite
+        self._validation_sums[:-2] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
+        self._validation_sums[-2] += ~finite
 
     def _greedy_errors(self, encoded: Encoded, targets: Tensor) -> tuple[int, int]:
         """Word errors of greedy CTC, and words; none without a CTC layer."""
@@ -264,7 +283,8 @@ class ModelModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs means over all utterances of all processes."""
         sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
-        *means, utterances, errors, words, left_out = sums.tolist()
+        *means, utterances, errors, words, left_out, bad_clips = sums.tolist()
+        self._tell_bad_clips(bad_clips, "the validation")
         if left_out:
             logger.warning("%d validation batches have no finite loss: they are left out", left_out)
         for name, value in zip(VALIDATION_SUMS, means, strict=True):

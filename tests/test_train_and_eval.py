@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ import yaml
 import eval as evaluation
 import lightning as train_module
 import train
+from datamodule.media import write_video
 from datamodule.train_tokenizer import train_tokenizer
 from espnet.utils import building
 from tests.auto_avsr_cases import CASES, fill
@@ -431,6 +433,41 @@ def test_an_unreadable_clip_is_named_or_skipped(train_arguments, corpus, tmp_pat
     train.main(arguments)
     with (train_arguments.exp_dir / "skipping/metrics.csv").open() as file:
         assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [1, 1]
+
+
+def test_whatever_is_wrong_with_an_utterance_can_be_skipped(
+    train_arguments, corpus, tmp_path, capsys, caplog
+):
+    """Frames smaller than the crop, no clip, a text without a token; in validation too."""
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    transcripts = (line.split(maxsplit=1) for line in open(root / "labels/train.txt"))
+    rows = [f"demo,{name}.mp4,40,{text.strip()}\n" for name, text in transcripts]
+    silent = f"demo,{rows[5].split(',')[1]},40,\u200b\u200b\n"
+    (root / "labels/train.csv").write_text("".join([*rows, silent]))
+    for file, row in (("train", 1), ("train", 2), ("val", 0)):
+        clip = (root / f"labels/{file}.csv").read_text().splitlines()[row].split(",")[1]
+        write_video(root / "demo" / clip, np.zeros((40, 24, 24), np.uint8))
+    (root / "demo" / rows[3].split(",")[1]).unlink()
+    arguments = train_arguments("varied", "video", "--root-dir", str(root))
+    assert "does not exist, but" in error_of(capsys, train, arguments)
+    shutil.copyfile(root / "demo" / rows[4].split(",")[1], root / "demo" / rows[3].split(",")[1])
+    assert "train.csv, line 13: the text " in error_of(capsys, train, arguments)
+    (root / "demo" / rows[3].split(",")[1]).unlink()
+    train.main([*arguments, "--skip-bad-clips"])
+    with (train_arguments.exp_dir / "varied/metrics.csv").open() as file:
+        assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [3, 3]
+    text = caplog.text
+    assert re.search(
+        r"left out 1 clip: 1 as .*train.csv, line 13: the text .* gives no token", text
+    )
+    for epoch in (1, 2):
+        assert re.search(
+            rf"the training of epoch {epoch} left out 3 clips: 2 as .*mp4: got frames of 24x24 "
+            r"pixels.*; 1 as .*mp4: no such file",
+            text,
+        )
+        assert f"the validation of epoch {epoch} left out 1 clip: 1 as " in text
 
 
 def test_evaluation_never_skips_a_clip(run_dir, corpus, tmp_path, capsys):

@@ -38,6 +38,7 @@ def parse_eval_args(
         modality to score.
     """
     inherited = names(ModelOptions) | names(SearchOptions) | names(DataOptions) | {"normalize"}
+    inherited -= {"skip_bad_clips"}  # That of a training says nothing of a test list.
     given = parser.parse_args(argv)
     try:
         config = load_config(given.pretrained_model_path) if given.pretrained_model_path else {}
