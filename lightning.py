@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jiwer
@@ -49,6 +50,7 @@ class ModelModule(pl.LightningModule):
         wishes: What this process asks of all of them, 0 or 1 each; callbacks fill it in before a
             step. It goes with a reduction that every step makes anyway.
         agreed: In the same order, how many processes asked for it.
+        on_decoded: Takes the number of a test loader, and the results of each of its batches.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class ModelModule(pl.LightningModule):
             model, search or SearchOptions(), text_transform.token_list
         )
         self._groups: list[tuple[float, float]] = []  # highest rate and weight decay of each
-        self.decoded: dict[int, list[Decoded]] = {}
+        self.on_decoded: Callable[[int, list[Decoded]], None] | None = None
         self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.
         self.wishes: list[float] = []
         self.agreed: list[float] = []
@@ -293,8 +295,12 @@ class ModelModule(pl.LightningModule):
             self.log("wer_val", errors / max(words, 1.0), prog_bar=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Decodes a batch into `decoded[dataloader_idx]`."""
-        self.decoded.setdefault(dataloader_idx, []).extend(self.decode(batch))
+        """Decodes a batch, and tells `on_decoded` what was found."""
+        found = self.decode(batch) if len(batch["indices"]) else []
+        for clip in batch.get("bad_clips", []):
+            found.append(Decoded(clip.index, "", None, None, error=str(clip)))
+        if self.on_decoded is not None:
+            self.on_decoded(dataloader_idx, found)
 
     @torch.inference_mode()
     def decode(self, batch: dict[str, Any]) -> list[Decoded]:

@@ -15,7 +15,7 @@ from datamodule.options import DEFAULT_LIST
 from espnet.errors import one_line
 from espnet.option_tree import changed, flag, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
-from espnet.utils.options import Options, hide_gpus, train_parser
+from espnet.utils.options import BAD_CLIPS_CODE, Options, hide_gpus, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
 from espnet.utils.run_config import completed, find_vocabulary, resumed_from, save_config
 from espnet.utils.stopwatch import Stopwatch
@@ -68,8 +68,11 @@ def make_corpus(root_dir: str, parser: ArgumentParser) -> None:
         parser.error(one_line(error))
 
 
-def run(options: Options, watch: Stopwatch) -> None:
+def run(options: Options, watch: Stopwatch) -> str | None:
     """Trains, averages and scores; the watch takes the time of each part.
+
+    Returns:
+        What the error rates suffer from, a line; None if nothing is wrong.
 
     Raises:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
@@ -131,17 +134,20 @@ def run(options: Options, watch: Stopwatch) -> None:
         fit(options, trainer, module, data, resume)
         watch.lap("training")
         if options.run.fast_dev_run or trainer.interrupted:
-            return
+            return None
+        problem = None
         average = run_dir / f"model_avg_{options.training.average_epochs}.pth"
         files = [average, *average_and_plot(trainer, run_dir, average)]
         watch.lap("averaging")
         if options.data.test_file:
             load_model(module.model, average)
-            files += score(options, trainer, module, data, run_dir / "test")
+            scores, problem = score(options, trainer, module, data, run_dir / "test")
+            files += scores
             watch.lap("scoring")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
         print(watch)
+    return problem
 
 
 def keep_vocabulary(options: Options, run_dir: Path) -> None:
@@ -303,10 +309,20 @@ def score(
     module: "pl.LightningModule",
     data: "DataModule",
     output_dir: Path,
-) -> list[Path]:
-    """Scores the averaged model on the test list, prints error rates, and returns the new files."""
+) -> tuple[list[Path], str | None]:
+    """Scores the averaged model on the test list, and prints error rates.
+
+    Returns:
+        The new files, and what the error rates suffer from.
+    """
     from espnet.utils.building import build_data
-    from espnet.utils.evaluation import all_conditions, conditions_of, evaluate, format_summaries
+    from espnet.utils.evaluation import (
+        all_conditions,
+        bad_clips_problem,
+        conditions_of,
+        evaluate,
+        format_summaries,
+    )
     from espnet.utils.report import plot_wer, wer_table
 
     trained_for, snrs = options.model.encoders.modality, options.scoring.decode_snr_target
@@ -318,14 +334,21 @@ def score(
             readers[modality] = build_data(options, modality, data.text_transform)
             readers[modality].setup("test")
     summaries = evaluate(
-        trainer, module, readers, conditions, output_dir, options.scoring.normalize
+        trainer,
+        module,
+        readers,
+        conditions,
+        output_dir,
+        options.scoring.normalize,
+        skip_bad_clips=options.data.skip_bad_clips,
     )
     plot = output_dir / "wer_over_snr.png"
     if trainer.is_global_zero:
         plot_wer(summaries, snrs, plot)
         print(format_summaries(summaries), wer_table(summaries, snrs), sep="\n\n")
     hypotheses = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
-    return [*hypotheses, output_dir / "summary.json", plot]
+    files = [*hypotheses, output_dir / "summary.json", plot]
+    return files, bad_clips_problem(summaries, output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -334,21 +357,19 @@ def main(argv: list[str] | None = None) -> None:
     options, parser = parse_args(argv)
     watch.lap("corpus" if options.run.demo else "options")
     try:
-        run(options, watch)
+        problem = run(options, watch)
     except (ValueError, OSError) as error:
         if options.hardware.debug:
             raise
         parser.error(one_line(error))
     except (RuntimeError, MemoryError) as error:  # What fails in steps has been dealt with by now.
-        from espnet.utils.recovery.failed_batch import is_out_of_memory
+        from espnet.utils.recovery.failed_batch import memory_problem
 
-        if options.hardware.debug or not is_out_of_memory(error):
+        if options.hardware.debug or (problem := memory_problem(error, options)) is None:
             raise
-        parser.error(
-            "out of memory outside of training: choose a smaller model, put pretrained parts into "
-            "4 bits with --use-qlora, or lower --decode-max-frames (now "
-            f"{options.data.decode_max_frames}) if it was the scoring"
-        )
+        parser.error(problem)
+    if problem:
+        parser.exit(BAD_CLIPS_CODE, f"{parser.prog}: {problem}\n")
 
 
 if __name__ == "__main__":

@@ -600,3 +600,192 @@ def test_checkpoints_that_do_not_tell_their_vocabulary_load_as_before(
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--root-dir", str(corpus), "--test-file", "test.csv"]
     evaluation.main(["--pretrained-model-path", str(run / "model_avg_10.pth"), *arguments])
+
+
+@pytest.fixture
+def bad_test_list(corpus, tmp_path):
+    """The corpus with two clips of its test list that cannot be read, and their ids."""
+    root = tmp_path / "bad"
+    shutil.copytree(corpus, root)
+    rows = (root / "labels/test.csv").read_text().splitlines()
+    clips = [Path(*row.split(",")[:2]) for row in rows[1:3]]
+    (root / clips[0]).write_bytes(b"not a video")
+    write_video(root / clips[1], np.zeros((50, 24, 24), np.uint8))
+    return root, [str(clip.with_suffix("")) for clip in clips]
+
+
+def scoring_words(run_dir, root, out, *more):
+    words = ["--pretrained-model-path", run_dir / "model_avg_10.pth", "--root-dir", root]
+    words += ["--test-file", "test.csv", "--output-dir", out, "--num-workers", "0", *more]
+    return list(map(str, words))
+
+
+HYPOTHESES = "hypotheses_audiovisual_clean.jsonl"
+
+
+def test_a_bad_clip_does_not_stop_an_evaluation(run_dir, bad_test_list, tmp_path, capsys):
+    """It counts as an empty hypothesis, is listed, and the exit code says so."""
+    root, bad = bad_test_list
+    with pytest.raises(SystemExit) as info:
+        evaluation.main(scoring_words(run_dir, root, tmp_path / "out"))
+    assert info.value.code == 3
+    shown = capsys.readouterr()
+    assert "2 bad clips counted as empty" in shown.out
+    assert "2 clips could not be read and count as empty hypotheses" in shown.err
+    good = {line["id"]: line for line in read_lines(run_dir / "test" / HYPOTHESES)}
+    lines = read_lines(tmp_path / "out" / HYPOTHESES)
+    assert [line["id"] for line in lines] == list(good)
+    for line in lines:
+        if line["id"] in bad:
+            assert (line["hypothesis"], line["score"]) == ("", None)
+            assert line["id"] in line["error"]
+        else:
+            assert line["hypothesis"] == good[line["id"]]["hypothesis"]
+            assert "error" not in line
+    (summary,) = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+    words = sum(len(line["reference"].split()) for line in lines)
+    assert (summary["utterances"], summary["words"]["reference"]) == (4, words)
+    lost = sum(len(line["reference"].split()) for line in lines if line["id"] in bad)
+    assert summary["words"]["deletions"] >= lost
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {HYPOTHESES, "summary.json"}
+
+    evaluation.main(scoring_words(run_dir, root, tmp_path / "skip", "--skip-bad-clips"))
+    assert "2 bad clips left out" in capsys.readouterr().out
+    (summary,) = json.loads((tmp_path / "skip/summary.json").read_text())
+    assert (summary["utterances"], summary["words"]["reference"]) == (2, words - lost)
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+    assert not {line["id"] for line in read_lines(tmp_path / "skip" / HYPOTHESES)} & set(bad)
+
+
+def test_babble_does_not_spread_a_bad_clip(run_dir, bad_test_list, tmp_path):
+    """The list's own utterances are the babble: the bad ones spoil no other."""
+    root, bad = bad_test_list
+    (root / bad[0]).with_suffix(".wav").write_bytes(b"no sound")
+    for name in ("train.csv", "val.csv"):
+        (root / "labels" / name).unlink()
+    more = ["--modality", "audio", "--decode-snr-target", "0"]
+    with pytest.raises(SystemExit):
+        evaluation.main(scoring_words(run_dir, root, tmp_path / "out", *more))
+    lines = read_lines(tmp_path / "out/hypotheses_audio_0dB.jsonl")
+    assert [line["id"] for line in lines if "error" in line] == bad[:1]
+
+
+def decoded_ids(monkeypatch, words):
+    """Runs eval.py, and returns how many utterances it decodes."""
+    count = []
+    decode = train_module.ModelModule.decode
+
+    def counting(module, batch):
+        count.extend(batch["indices"].tolist())
+        return decode(module, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.ModelModule.decode", counting)
+        evaluation.main(words)
+    return count
+
+
+def test_a_killed_evaluation_goes_on(run_dir, corpus, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = scoring_words(run_dir, corpus, out, "--decode-max-frames", "1")  # one at a time
+    decode = train_module.ModelModule.decode
+    calls = []
+
+    def killed(module, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(module, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.ModelModule.decode", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            evaluation.main(words)
+    assert len(read_lines(out / HYPOTHESES)) == 2
+    assert not (out / "summary.json").exists()
+    with (out / HYPOTHESES).open("a") as file:
+        file.write('{"id": "demo/te')  # as a process that is killed may leave it
+    error = error_of(capsys, evaluation, [*words, "--resume", "--beam-size", "2"])
+    assert "were decoded with beam_size 3, not 2: give that, or leave --resume out" in error
+    assert len(decoded_ids(monkeypatch, [*words, "--resume"])) == 2
+    whole = read_lines(run_dir / "test" / HYPOTHESES)
+    for one, two in zip(read_lines(out / HYPOTHESES), whole, strict=True):
+        assert one.pop("score") == pytest.approx(two["score"], abs=1e-3)
+        assert one == {name: value for name, value in two.items() if name != "score"}
+    (summary,) = json.loads((out / "summary.json").read_text())
+    (expected,) = json.loads((run_dir / "test/summary.json").read_text())
+    assert (summary["wer"], summary["words"]) == (expected["wer"], expected["words"])
+    assert decoded_ids(monkeypatch, [*words, "--resume"]) == []
+    (again,) = json.loads((out / "summary.json").read_text())
+    assert (again["wer"], again["real_time_factor"]) == (summary["wer"], None)
+
+
+def test_a_mended_clip_is_decoded_by_resuming(
+    run_dir, bad_test_list, corpus, tmp_path, monkeypatch
+):
+    root, bad = bad_test_list
+    words = scoring_words(run_dir, root, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        evaluation.main(words)
+    for name in bad:
+        shutil.copyfile(corpus / f"{name}.mp4", root / f"{name}.mp4")
+    assert len(decoded_ids(monkeypatch, [*words, "--resume"])) == 2
+    found = [(line["id"], line["hypothesis"]) for line in read_lines(tmp_path / "out" / HYPOTHESES)]
+    expected = read_lines(run_dir / "test" / HYPOTHESES)
+    assert found == [(line["id"], line["hypothesis"]) for line in expected]
+
+
+def test_hypotheses_of_unknown_origin_are_not_gone_on_with(run_dir, corpus, tmp_path, capsys):
+    (tmp_path / HYPOTHESES).write_text("")
+    error = error_of(capsys, evaluation, scoring_words(run_dir, corpus, tmp_path, "--resume"))
+    assert "tells how its hypotheses were decoded: leave --resume out" in error
+
+
+def test_lack_of_memory_in_an_evaluation_is_one_line(
+    run_dir, corpus, tmp_path, capsys, monkeypatch
+):
+    def allocate(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr("lightning.ModelModule.decode", allocate)
+    error = error_of(capsys, evaluation, scoring_words(run_dir, corpus, tmp_path / "out"))
+    assert "lower --decode-max-frames (now 1600) or --beam-size if it was the scoring" in error
+
+
+def test_training_ends_though_a_test_clip_is_bad(train_arguments, bad_test_list, capsys):
+    root, bad = bad_test_list
+    arguments = train_arguments("bad_test", "video", "--root-dir", str(root))
+    with pytest.raises(SystemExit) as info:
+        train.main([*arguments, "--test-file", "test.csv"])
+    assert info.value.code == 3
+    assert "count as empty hypotheses" in capsys.readouterr().err
+    (summary,) = json.loads((train_arguments.exp_dir / "bad_test/test/summary.json").read_text())
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2, 3, 4])
+def test_two_processes_go_on_with_an_evaluation(run_dir, bad_test_list, tmp_path, kept):
+    """Also where fewer utterances are left than there are processes."""
+    root, bad = bad_test_list
+    words = scoring_words(run_dir, root, tmp_path / "out", "--accelerator", "cpu")
+    pair = ["--gpus", "2", "--strategy", "ddp"]
+    done = run_script("eval.py", [*words, *pair])
+    assert done.returncode == 3, done.stderr
+    path = tmp_path / "out" / HYPOTHESES
+    whole = read_lines(path)
+    assert [line["id"] for line in whole if "error" in line] == bad
+    in_order = sorted(whole, key=lambda line: "error" in line)
+    lines = [
+        json.dumps({**line, "error": None}).replace(', "error": null', "") for line in in_order
+    ]
+    for half, number in ((path, 0), (path.with_suffix(".rank1.jsonl"), 1)):
+        half.write_text("".join(f"{line}\n" for line in lines[:kept][number::2]))
+    done = run_script("eval.py", [*words, *pair, "--resume"])
+    assert done.returncode == (3 if kept < 4 else 0), done.stderr
+    found = read_lines(path)
+    assert [line["id"] for line in found] == [line["id"] for line in whole]
+    assert [line["hypothesis"] for line in found] == [line["hypothesis"] for line in whole]
+    assert sum("error" in line for line in found) == 4 - max(kept, 2)
+    assert {found.name for found in path.parent.iterdir()} == {HYPOTHESES, "summary.json"}

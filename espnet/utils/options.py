@@ -27,6 +27,7 @@ from espnet.option_tree import (
 from espnet.utils.recipes import RECIPES
 from espnet.utils.text_normalization import NORMALIZERS
 
+BAD_CLIPS_CODE = 3  # that a process ends with if error rates suffer from clips without a hypothesis
 OPTIMIZERS = ("adamw", "adamw8bit")
 of_training = partial(option, scripts=("train",))
 
@@ -162,6 +163,11 @@ class ScoringOptions:
     output_dir: str | None = option(
         None,
         "folder of hypotheses and summary (default: beside the checkpoint, if there is one)",
+        scripts=("eval",),
+    )
+    resume: bool = option(
+        False,
+        "go on with the hypotheses that a scoring which was cut short has left",
         scripts=("eval",),
     )
 

@@ -1,5 +1,6 @@
 """The options of a run: completed, kept in its folder, and read back to score its checkpoints."""
 
+import hashlib
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +18,8 @@ from espnet.utils.options import Options, train_parser
 CHECKPOINTS = ("vision_encoder_name", "audio_encoder_name", "decoder_name")
 VOCABULARY_PATHS = ("sp_model_path", "dict_path")
 PATHS = (*CHECKPOINTS, *VOCABULARY_PATHS)
+DECIDING = {"test_file", "crop_size", "noise_file", "seed"}  # of the data, what is decoded
+BLOCK = 1 << 22  # bytes of a checkpoint that are read at once
 FIXED = {"optimizer"}  # for a whole training
 # What says nothing of the training that is resumed.
 MAY_DIFFER = {
@@ -113,6 +116,20 @@ def find_vocabulary(options: Options, parser: ArgumentParser) -> Options:
         dict_path=data.dict_path or beside,
     )
     return replace(options, data=data)
+
+
+def decoding_settings(options: Options) -> dict[str, Any]:
+    """What the hypotheses of a checkpoint depend on, beside the noise and the streams."""
+    deciding = names(ModelOptions) | names(SearchOptions) | DECIDING
+    settings = {name: value for name, value in to_flat(options).items() if name in deciding}
+    checkpoint = options.training.pretrained_model_path
+    if checkpoint:
+        digest = hashlib.sha256()
+        with open(checkpoint, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        settings["checkpoint"] = digest.hexdigest()[:16]
+    return settings
 
 
 def save_config(values: Mapping[str, Any], path: Path, versions: Mapping[str, str]) -> None:
