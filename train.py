@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Trains a recogniser, averages its last epochs and scores the average on the test list."""
 
-import os
 import shutil
 import sys
-import time
 from argparse import ArgumentParser
 from contextlib import nullcontext
 from dataclasses import replace
@@ -56,14 +54,10 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, ArgumentParser]:
 
 def make_corpus(root_dir: str, parser: ArgumentParser) -> None:
     """Makes the demo corpus in a folder, unless it is there."""
-    if any(int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "SLURM_PROCID", "RANK")):
-        while not (Path(root_dir) / "corpus.json").is_file():
-            time.sleep(1)  # The first process makes it.
-        return
-    from datamodule.demo_corpus import make_demo_corpus
+    from datamodule.demo_corpus import make_demo_corpus_of_job
 
     try:
-        make_demo_corpus(root_dir)
+        make_demo_corpus_of_job(root_dir)
     except (ValueError, RuntimeError, OSError) as error:
         parser.error(one_line(error))
 
