@@ -175,9 +175,12 @@ def _prepare_worker(_: int) -> None:
     """Leave the cores to the other workers, and leave it to the parent when to end.
 
     A signal may reach all processes of a run. The parent then saves, which takes until its step is
-    over, and a worker that had ended by then would take it down.
+    over, and a worker that had ended by then would take it down. Systems that do not tell who sent
+    a signal, as macOS, leave workers to obey any.
     """
     torch.set_num_threads(1)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
 
