@@ -6,8 +6,13 @@ from pathlib import Path
 
 from espnet.errors import one_line
 from espnet.utils.option_checks import evaluation_problems
-from espnet.utils.options import Options, eval_parser, hide_gpus
-from espnet.utils.run_config import completed, find_vocabulary, parse_eval_args
+from espnet.utils.options import BAD_CLIPS_CODE, Options, eval_parser, hide_gpus
+from espnet.utils.run_config import (
+    completed,
+    decoding_settings,
+    find_vocabulary,
+    parse_eval_args,
+)
 
 
 def parse_args(argv: list[str] | None = None) -> tuple[Options, str, ArgumentParser]:
@@ -24,8 +29,11 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, str, ArgumentPar
     return find_vocabulary(completed(options), parser), modality, parser
 
 
-def run(options: Options, modality: str) -> None:
+def run(options: Options, modality: str) -> str | None:
     """Decodes, scores one modality and prints.
+
+    Returns:
+        What the error rates suffer from, a line; None if nothing is wrong.
 
     Raises:
         ValueError: If the data, the checkpoint or the hardware does not fit the options.
@@ -40,7 +48,12 @@ def run(options: Options, modality: str) -> None:
         check_positions,
     )
     from espnet.utils.checkpoint import load_model
-    from espnet.utils.evaluation import conditions_of, evaluate, format_summaries
+    from espnet.utils.evaluation import (
+        bad_clips_problem,
+        conditions_of,
+        evaluate,
+        format_summaries,
+    )
     from espnet.utils.trainer import build_trainer, set_up_logging
     from lightning import ModelModule
 
@@ -54,15 +67,20 @@ def run(options: Options, modality: str) -> None:
     if options.training.pretrained_model_path:
         load_model(model, options.training.pretrained_model_path)
     scoring = options.scoring
+    output_dir = Path(scoring.output_dir or default_output_dir(options, modality))
     summaries = evaluate(
         build_trainer(options.hardware, model, logger=False, enable_checkpointing=False),
         ModelModule(model, text_transform, search=options.search),
         {modality: data},
         conditions_of(modality, scoring.decode_snr_target),
-        Path(scoring.output_dir or default_output_dir(options, modality)),
+        output_dir,
         scoring.normalize,
+        skip_bad_clips=options.data.skip_bad_clips,
+        settings=decoding_settings(options),
+        resume=scoring.resume,
     )
     print(format_summaries(summaries))
+    return bad_clips_problem(summaries, output_dir)
 
 
 def default_output_dir(options: Options, modality: str) -> Path:
@@ -77,11 +95,19 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
     options, modality, parser = parse_args(argv)
     try:
-        run(options, modality)
+        problem = run(options, modality)
     except (ValueError, OSError) as error:
         if options.hardware.debug:
             raise
         parser.error(one_line(error))
+    except (RuntimeError, MemoryError) as error:
+        from espnet.utils.recovery.failed_batch import memory_problem
+
+        if options.hardware.debug or (problem := memory_problem(error, options)) is None:
+            raise
+        parser.error(problem)
+    if problem:
+        parser.exit(BAD_CLIPS_CODE, f"{parser.prog}: {problem}\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jiwer
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from datamodule.bad_clip import BadClip, by_cause
 from datamodule.loaders import model_inputs
 from datamodule.text_transform import TextTransform
 from espnet.nets.pytorch_backend.ctc import ctc_frames_needed
@@ -21,8 +23,8 @@ from espnet.nets.pytorch_backend.pretrained import bases
 from espnet.nets.pytorch_backend.qlora_utils import trainable_parameters
 from espnet.nets.search import build_beam_search
 from espnet.nets.search_options import SearchOptions
-from espnet.utils.checkpoint import check_bases, without_bases
-from espnet.utils.evaluation import Decoded
+from espnet.utils.checkpoint import VOCABULARY, check_bases, check_vocabulary, without_bases
+from espnet.utils.evaluation import Decoded, gather
 from espnet.utils.optimizer import build_optimizer, parameter_groups
 from espnet.utils.options import TrainingOptions
 
@@ -48,6 +50,7 @@ class ModelModule(pl.LightningModule):
         wishes: What this process asks of all of them, 0 or 1 each; callbacks fill it in before a
             step. It goes with a reduction that every step makes anyway.
         agreed: In the same order, how many processes asked for it.
+        on_decoded: Takes the number of a test loader, and the results of each of its batches.
     """
 
     def __init__(
@@ -67,12 +70,13 @@ class ModelModule(pl.LightningModule):
             model, search or SearchOptions(), text_transform.token_list
         )
         self._groups: list[tuple[float, float]] = []  # highest rate and weight decay of each
-        self.decoded: dict[int, list[Decoded]] = {}
+        self.on_decoded: Callable[[int, list[Decoded]], None] | None = None
         self.strict_loading = not bases(model)  # What they bring back is not in checkpoints.
         self.wishes: list[float] = []
         self.agreed: list[float] = []
         self._training_sums: Tensor | None = None  # of the current epoch, until they are logged
         self._validation_sums: Tensor | None = None
+        self._bad_clips: list[BadClip] = []  # of the current epoch, in this process
         self._statistics: list[Tensor] = []
         self._everywhere = 0.0  # utterances of the current batch, in all processes
         self._empty = 0.0  # processes whose batch has no utterance
@@ -148,6 +152,7 @@ class ModelModule(pl.LightningModule):
         """Loss of a batch, summed over its utterances; the step's gradient is that of the mean."""
         size = len(batch["indices"])
         self._count("bad_clips", batch["num_bad_clips"])
+        self._bad_clips += batch.get("bad_clips", [])
         self._count("skipped_utterances", size if self._empty else 0)
         if (
             self._empty
@@ -211,13 +216,26 @@ class ModelModule(pl.LightningModule):
         values = dict(zip(COUNTS, sums[len(TRAINING_SUMS) + 1 :], strict=True))
         if utterances:
             values |= {n: v / utterances for n, v in zip(TRAINING_SUMS, means, strict=True)}
+        self._tell_bad_clips(values["bad_clips"], "the training")
         if self.model.ctc is None:
             del values["short_utterances"]
         values["monitoring_step"] = float(self.global_step)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
 
+    def _tell_bad_clips(self, number: float, where: str) -> None:
+        """Logs what stood in the way of an epoch's bad clips, so many in all processes."""
+        found, self._bad_clips = self._bad_clips, []
+        if not number or self.trainer.sanity_checking:
+            return
+        found = gather(found)
+        if found and self.trainer.is_global_zero:
+            epoch = self.current_epoch + 1
+            logger.warning("%s of epoch %d left out %s", where, epoch, by_cause(found))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what loading the model's bases brings back, and names them."""
+        """Leaves out what loading the model's bases brings back; names them and the vocabulary."""
+        if self.model.vocabulary:
+            checkpoint[VOCABULARY] = self.model.vocabulary
         if self._training_sums is not None:  # in the middle of an epoch
             sums = self._training_sums.clone()  # The reduction may be in place.
             checkpoint["training_sums"] = self.trainer.strategy.reduce(sums, reduce_op="sum").cpu()
@@ -226,26 +244,32 @@ class ModelModule(pl.LightningModule):
             checkpoint.update(state_dict=state, bases=found)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of a model on other bases."""
+        """Refuses a checkpoint of a model on other bases, or with another vocabulary."""
         check_bases(self.model, checkpoint, "to resume from")
+        check_vocabulary(self.model, checkpoint, "to resume from")
         self._training_sums = checkpoint.get("training_sums")
         if self._training_sums is not None and self.global_rank > 0:
             self._training_sums.zero_()  # They are those of all processes.
 
     def on_validation_epoch_start(self) -> None:
         """Begins new sums."""
-        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 4, device=self.device)
+        self._validation_sums = torch.zeros(len(VALIDATION_SUMS) + 5, device=self.device)
+        self._bad_clips = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:  # noqa: ARG002
         """Adds a batch to losses, accuracy and the word errors of greedy CTC."""
+        self._bad_clips += batch.get("bad_clips", [])
+        self._validation_sums[-1] += batch["num_bad_clips"]
+        if not len(batch["indices"]):
+            return
         targets = batch["targets"]
         encoded = self.model.encode(*model_inputs(batch))
         values = torch.stack(self.model.losses(encoded, targets))
         words = self._greedy_errors(encoded, targets)
         sizes = send(torch.tensor([float(len(targets)), *words]), self.device)
         finite = values[0].isfinite()
-        self._validation_sums[:-1] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
-        self._validation_sums[-1] += ~finite
+        self._validation_sums[:-2] += torch.cat([values * len(targets), sizes]).where(finite, 0.0)
+        self._validation_sums[-2] += ~finite
 
     def _greedy_errors(self, encoded: Encoded, targets: Tensor) -> tuple[int, int]:
         """Word errors of greedy CTC, and words; none without a CTC layer."""
@@ -261,7 +285,8 @@ class ModelModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Logs means over all utterances of all processes."""
         sums = self.trainer.strategy.reduce(self._validation_sums, reduce_op="sum")
-        *means, utterances, errors, words, left_out = sums.tolist()
+        *means, utterances, errors, words, left_out, bad_clips = sums.tolist()
+        self._tell_bad_clips(bad_clips, "the validation")
         if left_out:
             logger.warning("%d validation batches have no finite loss: they are left out", left_out)
         for name, value in zip(VALIDATION_SUMS, means, strict=True):
@@ -270,8 +295,12 @@ class ModelModule(pl.LightningModule):
             self.log("wer_val", errors / max(words, 1.0), prog_bar=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ARG002
-        """Decodes a batch into `decoded[dataloader_idx]`."""
-        self.decoded.setdefault(dataloader_idx, []).extend(self.decode(batch))
+        """Decodes a batch, and tells `on_decoded` what was found."""
+        found = self.decode(batch) if len(batch["indices"]) else []
+        for clip in batch.get("bad_clips", []):
+            found.append(Decoded(clip.index, "", None, None, error=str(clip)))
+        if self.on_decoded is not None:
+            self.on_decoded(dataloader_idx, found)
 
     @torch.inference_mode()
     def decode(self, batch: dict[str, Any]) -> list[Decoded]:

@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Trains a recogniser, averages its last epochs and scores the average on the test list."""
 
-import os
+import shutil
 import sys
-import time
 from argparse import ArgumentParser
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,7 +13,7 @@ from datamodule.options import DEFAULT_LIST
 from espnet.errors import one_line
 from espnet.option_tree import changed, flag, from_flat, to_flat
 from espnet.utils.option_checks import training_problems
-from espnet.utils.options import Options, hide_gpus, train_parser
+from espnet.utils.options import BAD_CLIPS_CODE, Options, hide_gpus, train_parser
 from espnet.utils.recipes import demo_options, recipe_options
 from espnet.utils.run_config import completed, find_vocabulary, resumed_from, save_config
 from espnet.utils.stopwatch import Stopwatch
@@ -55,20 +54,19 @@ def parse_args(argv: list[str] | None = None) -> tuple[Options, ArgumentParser]:
 
 def make_corpus(root_dir: str, parser: ArgumentParser) -> None:
     """Makes the demo corpus in a folder, unless it is there."""
-    if any(int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "SLURM_PROCID", "RANK")):
-        while not (Path(root_dir) / "corpus.json").is_file():
-            time.sleep(1)  # The first process makes it.
-        return
-    from datamodule.demo_corpus import make_demo_corpus
+    from datamodule.demo_corpus import make_demo_corpus_of_job
 
     try:
-        make_demo_corpus(root_dir)
+        make_demo_corpus_of_job(root_dir)
     except (ValueError, RuntimeError, OSError) as error:
         parser.error(one_line(error))
 
 
-def run(options: Options, watch: Stopwatch) -> None:
+def run(options: Options, watch: Stopwatch) -> str | None:
     """Trains, averages and scores; the watch takes the time of each part.
+
+    Returns:
+        What the error rates suffer from, a line; None if nothing is wrong.
 
     Raises:
         ValueError: If the data, a checkpoint or the hardware does not fit the options.
@@ -98,12 +96,14 @@ def run(options: Options, watch: Stopwatch) -> None:
         data.setup("test")
     check_positions(options.model, data, text_transform)
     model = build_model(options.model, text_transform)
+    transferred = ""
     if options.training.pretrained_model_path:
-        transfer_weights(
+        transferred = transfer_weights(
             model,
             options.training.pretrained_model_path,
             frontend=options.training.transfer_frontend,
             encoder=options.training.transfer_encoder,
+            everything=options.training.transfer_all,
         )
     run_dir = Path(options.run.exp_dir) / options.run.exp_name
     resume = resume_path(options.run.ckpt_path, run_dir)
@@ -111,12 +111,15 @@ def run(options: Options, watch: Stopwatch) -> None:
     resumed = resumed_from(options, resume, read[resume]) if resume else []
     module = ModelModule(model, text_transform, options.training, options.search, options.data.seed)
     trainer = make_trainer(options, model, run_dir, read)
+    if trainer.is_global_zero and transferred:
+        print(transferred)
     if trainer.is_global_zero and not options.run.fast_dev_run:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         with whole_file(run_dir / "config.yaml") as unfinished:
             config = {**to_flat(options), "resumed": resumed}
             save_config(config, unfinished, package_versions())
+        keep_vocabulary(options, run_dir)
         for name, (before, now) in (resumed[-1]["changed"] if resumed else {}).items():
             print(f"Resuming with {flag(name)} {now}, {before} before")
         print(f"Training {parameter_count(model)} ({modality}) in {run_dir}")
@@ -125,17 +128,30 @@ def run(options: Options, watch: Stopwatch) -> None:
         fit(options, trainer, module, data, resume)
         watch.lap("training")
         if options.run.fast_dev_run or trainer.interrupted:
-            return
+            return None
+        problem = None
         average = run_dir / f"model_avg_{options.training.average_epochs}.pth"
         files = [average, *average_and_plot(trainer, run_dir, average)]
         watch.lap("averaging")
         if options.data.test_file:
             load_model(module.model, average)
-            files += score(options, trainer, module, data, run_dir / "test")
+            scores, problem = score(options, trainer, module, data, run_dir / "test")
+            files += scores
             watch.lap("scoring")
     if trainer.is_global_zero:
         print("Files of the run:", *files, sep="\n  ")
         print(watch)
+    return problem
+
+
+def keep_vocabulary(options: Options, run_dir: Path) -> None:
+    """Copies the SentencePiece model and its units, by their names, into the folder of the run."""
+    from espnet.utils.recovery.checkpoint_io import whole_file
+
+    for path in (options.data.sp_model_path, options.data.dict_path):
+        if path:
+            with whole_file(run_dir / Path(path).name) as unfinished:
+                shutil.copyfile(path, unfinished)
 
 
 def fit(
@@ -287,10 +303,20 @@ def score(
     module: "pl.LightningModule",
     data: "DataModule",
     output_dir: Path,
-) -> list[Path]:
-    """Scores the averaged model on the test list, prints error rates, and returns the new files."""
+) -> tuple[list[Path], str | None]:
+    """Scores the averaged model on the test list, and prints error rates.
+
+    Returns:
+        The new files, and what the error rates suffer from.
+    """
     from espnet.utils.building import build_data
-    from espnet.utils.evaluation import all_conditions, conditions_of, evaluate, format_summaries
+    from espnet.utils.evaluation import (
+        all_conditions,
+        bad_clips_problem,
+        conditions_of,
+        evaluate,
+        format_summaries,
+    )
     from espnet.utils.report import plot_wer, wer_table
 
     trained_for, snrs = options.model.encoders.modality, options.scoring.decode_snr_target
@@ -302,14 +328,21 @@ def score(
             readers[modality] = build_data(options, modality, data.text_transform)
             readers[modality].setup("test")
     summaries = evaluate(
-        trainer, module, readers, conditions, output_dir, options.scoring.normalize
+        trainer,
+        module,
+        readers,
+        conditions,
+        output_dir,
+        options.scoring.normalize,
+        skip_bad_clips=options.data.skip_bad_clips,
     )
     plot = output_dir / "wer_over_snr.png"
     if trainer.is_global_zero:
         plot_wer(summaries, snrs, plot)
         print(format_summaries(summaries), wer_table(summaries, snrs), sep="\n\n")
     hypotheses = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
-    return [*hypotheses, output_dir / "summary.json", plot]
+    files = [*hypotheses, output_dir / "summary.json", plot]
+    return files, bad_clips_problem(summaries, output_dir)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -318,21 +351,19 @@ def main(argv: list[str] | None = None) -> None:
     options, parser = parse_args(argv)
     watch.lap("corpus" if options.run.demo else "options")
     try:
-        run(options, watch)
+        problem = run(options, watch)
     except (ValueError, OSError) as error:
         if options.hardware.debug:
             raise
         parser.error(one_line(error))
     except (RuntimeError, MemoryError) as error:  # What fails in steps has been dealt with by now.
-        from espnet.utils.recovery.failed_batch import is_out_of_memory
+        from espnet.utils.recovery.failed_batch import memory_problem
 
-        if options.hardware.debug or not is_out_of_memory(error):
+        if options.hardware.debug or (problem := memory_problem(error, options)) is None:
             raise
-        parser.error(
-            "out of memory outside of training: choose a smaller model, put pretrained parts into "
-            "4 bits with --use-qlora, or lower --decode-max-frames (now "
-            f"{options.data.decode_max_frames}) if it was the scoring"
-        )
+        parser.error(problem)
+    if problem:
+        parser.exit(BAD_CLIPS_CODE, f"{parser.prog}: {problem}\n")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from datamodule.bad_clip import BadClip
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError
 from datamodule.sources import FileSource, Source
 from datamodule.transforms import AudioTransform, VideoTransform
+from espnet.errors import first_line
 from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE
 
 log = logging.getLogger(__name__)
 
+BYTES_IN_LOWER_CASE = 1.5  # at most, for each byte of a text
 MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in length: 0.2 s
 
 SILENT_RANGE = 2e-4  # between peaks: six steps of 16 bits are dither, but no speech
@@ -65,7 +69,8 @@ class AVDataset(Dataset):
     seed: int = 0  # of masks, crops and noise
     max_frames: int | None = None  # that a clip may really have, whatever its list says
     too_long: str = "raise --max-frames or remove it"  # what to do with a longer one
-    skip_bad_clips: bool = False  # whether a clip that cannot be read is logged and gives None
+    skip_bad_clips: bool = False  # whether an utterance that cannot be used gives a `BadClip`
+    needs_target: bool = True  # whether items have the token ids of their text
     source: Source = field(default_factory=FileSource)
 
     def __post_init__(self) -> None:
@@ -77,7 +82,7 @@ class AVDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | None:
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any] | BadClip:
         """Read one utterance.
 
         Args:
@@ -85,24 +90,57 @@ class AVDataset(Dataset):
 
         Returns:
             `video` float32 (T, 1, H, W) and `audio` float32 (S, 1), without the streams that are
-            left out, S = 640 T if there are both; `target` int64 (U,); `index`. None for a clip
-            that is skipped.
+            left out, S = 640 T if there are both; `target` int64 (U,); `index`. What stands in the
+            way of one that is skipped, which is logged.
 
         Raises:
-            MediaError: The clip cannot be read, is silent, or is not as long as its list says.
-            MediaError: Audio and video are neither of one length nor end at one time, to 0.2 s.
-            ValueError: The clip does not fit the transforms, or its text gives no token.
+            MediaError: The clip cannot be read, is silent, is not as long as its list says, or does
+                not fit the transforms; its audio and video are neither of one length nor end at
+                one time, to 0.2 s; or its text gives no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
-        item = {"target": self.target(index), "index": index}
+        item: dict[str, Any] = {"index": index}
         try:
+            if self.needs_target:
+                item["target"] = self.target(index)
             item.update(self._read_streams(index, self._generator(index, epoch)))
-        except MediaError as error:
+        except (ValueError, OSError) as error:
+            named = error if isinstance(error, MediaError) else None
+            named = named or MediaError(self.path(index), first_line(error))
             if not self.skip_bad_clips:
-                raise
-            log.warning("skipped a bad clip: %s", error)
-            return None
+                raise named from None
+            log.warning("skipped a bad clip: %s", named)
+            return BadClip(index, *named.args)
         return item
+
+    def unfit_texts(self, most_tokens: Callable[[int], int] | None) -> Iterator[BadClip]:
+        """Find the utterances whose text gives no token, or too many.
+
+        Texts that can be neither are not tokenised, which takes long: those with a letter or digit,
+        and no more bytes than there may be tokens.
+
+        Args:
+            most_tokens: Most tokens of a text, by the frames of its utterance; None for no limit.
+        """
+        if self.labels.holds_ids and self.id_text_transform is None:
+            return
+        for index in range(len(self)):
+            text = self.text(index)
+            most = most_tokens(int(self.labels.num_frames[index])) if most_tokens else math.inf
+            longest = BYTES_IN_LOWER_CASE * len(text.encode()) + 1  # and a space before it
+            if longest <= most and any(map(str.isalnum, text)):
+                continue
+            try:
+                tokens = len(self.target(index))
+            except MediaError as error:
+                yield BadClip(index, *error.args)
+                continue
+            if tokens > most > 0:  # Where no text has room, it is not for texts to be shorter.
+                cause = (
+                    f"the text has {tokens} tokens, expected at most {most}, which the decoder "
+                    "takes; shorten it or remove the row"
+                )
+                yield BadClip(index, self.labels.where(index), cause)
 
     def text(self, index: int) -> str:
         """Return the reference text; token ids are turned back into text."""
@@ -118,15 +156,16 @@ class AVDataset(Dataset):
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).
 
         Raises:
-            ValueError: The text gives no token.
+            MediaError: The text gives no token; it names the list and the line.
         """
         if self.labels.holds_ids and self.id_text_transform is None:
             return torch.tensor(self.labels.token_ids(index), dtype=torch.int64)
         target = self.text_transform.tokenize(self.text(index))
         if len(target) == 0:
-            raise ValueError(
-                f"{self.labels.where(index)}: the text {self.labels.text(index)!r} gives no token, "
-                "expected words of the model's vocabulary"
+            raise MediaError(
+                self.labels.where(index),
+                f"the text {self.labels.text(index)!r} gives no token, expected words of the "
+                "model's vocabulary",
             )
         return target
 
@@ -201,10 +240,7 @@ class AVDataset(Dataset):
                 raise MediaError(path, "its sound is silent, expected speech")
             streams["audio"] = self.audio_transform(audio, generator, exclude=path)
         if video is not None:
-            try:
-                streams["video"] = self.video_transform(video, generator)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            streams["video"] = self.video_transform(video, generator)
         return streams
 
     def _fit_to_video(self, audio: torch.Tensor, num_frames: int, path: str) -> torch.Tensor:

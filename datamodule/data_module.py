@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytorch_lightning as pl
 
 from datamodule.av_dataset import AVDataset, Vocabulary
+from datamodule.bad_clip import by_cause
 from datamodule.label_list import LabelList
 from datamodule.loaders import ClipLoader, ResumableLoader
+from datamodule.media import MediaError
 from datamodule.noise import BabbleNoise, FileNoise, NoiseSource
 from datamodule.options import DataOptions
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
@@ -37,6 +40,8 @@ class DataModule(pl.LightningDataModule):
             `id_text_transform`, a list of ids is refused.
         audio_normalize: Whether audio is layer-normalised over the utterance.
         max_seconds: Longest utterance that the audio encoder takes; None for no limit.
+        most_tokens: Most tokens of a text that the decoder takes, by the frames of its utterance;
+            None for no limit.
         snr_targets: SNRs in dB of the tests to come; 999999 is clean.
 
     Raises:
@@ -53,6 +58,7 @@ class DataModule(pl.LightningDataModule):
         takes_ids: bool = True,
         audio_normalize: bool = True,
         max_seconds: int | None = None,
+        most_tokens: Callable[[int], int] | None = None,
         snr_targets: Sequence[float] = (CLEAN_SNR,),
     ) -> None:
         super().__init__()
@@ -72,11 +78,13 @@ class DataModule(pl.LightningDataModule):
                 f"the audio encoder takes {max_seconds} s: remove it or choose another "
                 "--audio-encoder"
             )
+        self.most_tokens = most_tokens
         self.snr_targets = tuple(snr_targets)
         self.train_dataset: AVDataset | None = None
         self.val_dataset: AVDataset | None = None
         self.test_datasets: dict[float, AVDataset] = {}  # by SNR
         self._labels: dict[str, LabelList] = {}
+        self._usable: dict[str, np.ndarray] = {}  # indices of utterances, by subset
         self._noise: NoiseSource | None = None
         self._source = build_source(options)
 
@@ -89,10 +97,11 @@ class DataModule(pl.LightningDataModule):
 
         Raises:
             ValueError: A list is not given, cannot be read or is malformed, or an utterance is
-                longer than `max_frames` or `max_seconds` (in training only without
+                longer than `max_frames` or `max_seconds` (in training and validation only without
                 `skip_bad_clips`).
             ValueError: A test calls for noise and there is none but the clip itself.
-            MediaError: A clip is missing, or a noise file cannot be read or is silent.
+            MediaError: A clip is missing, or a text to train or validate on gives no token or too
+                many (only without `skip_bad_clips`), or a noise file cannot be read or is silent.
         """
         if stage == "fit" or (stage is None and self.options.train_file):
             if self.train_dataset is None:
@@ -115,15 +124,12 @@ class DataModule(pl.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Make the loader of training batches, which are re-drawn every epoch."""
         labels = self.train_dataset.labels
-        indices = np.arange(len(labels))
-        if self.options.skip_bad_clips:
-            indices = np.setdiff1d(indices, labels.longer_than(self.longest_clip))
         sampler = LengthBucketBatchSampler(
             labels.num_frames,
             max_frames=self.options.max_frames,
             num_buckets=self.options.train_num_buckets,
             seed=self.options.seed,
-            indices=indices,
+            indices=self._usable["train"],
             redraw=not (self.trainer and self.trainer.overfit_batches),
             **self._share(),
         )
@@ -139,21 +145,44 @@ class DataModule(pl.LightningDataModule):
         if self.val_dataset is None:
             return []
         return self._evaluation_loader(
-            self.val_dataset, self.options.max_frames, persistent_workers=True
+            self.val_dataset,
+            self._usable["val"],
+            self.options.max_frames,
+            persistent_workers=True,
         )
 
-    def test_dataloader(self, snr_target: float | None = None) -> ClipLoader:
-        """Make the loader of test batches at one of `snr_targets`; None: the first."""
+    def test_dataloader(
+        self,
+        snr_target: float | None = None,
+        *,
+        indices: np.ndarray | None = None,
+        to_decode: bool = False,
+    ) -> ClipLoader:
+        """Make the loader of test batches.
+
+        Args:
+            snr_target: One of `snr_targets`; None: the first.
+            indices: The utterances that take part; None: all.
+            to_decode: Whether batches have no targets, and name clips that cannot be read instead
+                of raising their error.
+        """
         dataset = self.test_datasets[self.snr_targets[0] if snr_target is None else snr_target]
+        if to_decode:
+            dataset = replace(dataset, skip_bad_clips=True, needs_target=False)
         return self._evaluation_loader(
-            dataset, self.options.decode_max_frames, persistent_workers=False
+            dataset, indices, self.options.decode_max_frames, persistent_workers=False
         )
 
     def _evaluation_loader(
-        self, dataset: AVDataset, max_frames: int, *, persistent_workers: bool
+        self,
+        dataset: AVDataset,
+        indices: np.ndarray | None,
+        max_frames: int,
+        *,
+        persistent_workers: bool,
     ) -> ClipLoader:
         sampler = LongestFirstBatchSampler(
-            dataset.labels.num_frames, max_frames=max_frames, **self._share()
+            dataset.labels.num_frames, max_frames=max_frames, indices=indices, **self._share()
         )
         return ClipLoader(
             dataset,
@@ -177,7 +206,8 @@ class DataModule(pl.LightningDataModule):
                 f"{file} holds token ids, which are not those of the pretrained decoder: give "
                 "their SentencePiece model (--sp-model-path), or a list with plain text"
             )
-        self._check_lengths(labels, may_skip=training and self.options.skip_bad_clips)
+        may_skip = subset != "test" and self.options.skip_bad_clips
+        too_long = self._check_lengths(labels, may_skip=may_skip)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         video_transform = VideoTransform(subset=subset, crop_size=self.options.crop_size)
         dataset = AVDataset(
@@ -193,17 +223,31 @@ class DataModule(pl.LightningDataModule):
             seed=self.options.seed,
             max_frames=self.longest_clip,
             too_long=self.too_long,
-            skip_bad_clips=training and self.options.skip_bad_clips,
+            skip_bad_clips=may_skip,
         )
-        if not dataset.skip_bad_clips:
+        if not self.options.skip_bad_clips:
             self._source.check(labels, with_video=with_video)
+        if subset != "test":
+            left_out = np.union1d(too_long, self._check_texts(dataset))
+            self._usable[subset] = np.setdiff1d(np.arange(len(labels)), left_out)
+            if not len(self._usable[subset]):
+                raise ValueError(f"{labels.file}: no utterance is left, expected one that fits")
         return dataset
+
+    def _check_texts(self, dataset: AVDataset) -> list[int]:
+        """Refuse texts that no loss can be computed of, or return the rows to leave out."""
+        unfit = list(dataset.unfit_texts(self.most_tokens))
+        if unfit and not dataset.skip_bad_clips:
+            raise MediaError(unfit[0].where, unfit[0].cause)
+        if unfit:
+            log.warning("left out %s", by_cause(unfit))
+        return [clip.index for clip in unfit]
 
     def _audio_transform(
         self, subset: str, snr_target: float | None, labels: LabelList
     ) -> AudioTransform:
         noisy = subset == "train" or needs_noise(snr_target)
-        noise = self._noise_source() if noisy else None
+        noise = self._noise_source(subset) if noisy else None
         only = noise.only_clip if isinstance(noise, BabbleNoise) else None
         if only is not None and only in map(labels.path, range(len(labels))):
             message = (
@@ -218,7 +262,7 @@ class DataModule(pl.LightningDataModule):
             subset=subset, noise=noise, snr_target=snr_target, normalize=self.audio_normalize
         )
 
-    def _noise_source(self) -> NoiseSource:
+    def _noise_source(self, subset: str) -> NoiseSource:
         if self._noise is None and self.options.noise_file:
             self._noise = FileNoise(self.options.noise_file)
         elif self._noise is None:
@@ -226,7 +270,8 @@ class DataModule(pl.LightningDataModule):
                 self._read_labels(self.options.train_file or self.options.test_file),
                 self._source,
                 seed=self.options.seed,
-                skip_bad_clips=self.options.skip_bad_clips,
+                # In a scoring alone, a bad clip must not spoil those that it would be mixed with.
+                skip_bad_clips=self.options.skip_bad_clips or subset == "test",
             )
         return self._noise
 
@@ -235,10 +280,11 @@ class DataModule(pl.LightningDataModule):
             self._labels[file] = LabelList(self.options.root_dir, file)
         return self._labels[file]
 
-    def _check_lengths(self, labels: LabelList, *, may_skip: bool) -> None:
+    def _check_lengths(self, labels: LabelList, *, may_skip: bool) -> np.ndarray:
+        """Refuse utterances that are too long, or return the rows to leave out."""
         too_long = labels.longer_than(self.longest_clip)
         if len(too_long) == 0:
-            return
+            return too_long
         first = int(too_long[0])
         message = (
             f"{labels.where(first)}: got a clip of {labels.num_frames[first]} frames, expected at "
@@ -247,3 +293,4 @@ class DataModule(pl.LightningDataModule):
         if not may_skip or len(too_long) == len(labels):
             raise ValueError(message)
         log.warning("left out %d clips that are too long; the first is %s", len(too_long), message)
+        return too_long

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ SHORT_LIST, SHORT_ROWS = "train_240.csv", 240  # for what learns from little
 PARTS = (DATASET, "labels", "noise", "spm")  # the folders that a corpus consists of
 DESCRIPTION_FILE = "corpus.json"  # written last: a corpus that has it is complete
 UNFINISHED_FILE = "corpus.unfinished.json"  # marks a folder that this module is filling
+FAILED_FILE = "corpus.failed.txt"  # tells the other processes of a job why there is no corpus
+PATIENCE_S = 300.0  # in which a process that makes a corpus writes at least a file
 BABBLE_S = 60
 BABBLE_VOICES = 8
 WORD_START = "▁"
@@ -107,6 +111,58 @@ def make_demo_corpus(
     _write_text(root / UNFINISHED_FILE, json.dumps(description, indent=1) + "\n")
     (root / UNFINISHED_FILE).replace(root / DESCRIPTION_FILE)
     return True
+
+
+def make_demo_corpus_of_job(root_dir: str) -> None:
+    """Make the demo corpus in a job of several processes: the first makes it, the others wait.
+
+    Raises:
+        ValueError: As `make_demo_corpus`, in all processes, or nothing has been written for
+            minutes.
+    """
+    failed = Path(root_dir) / FAILED_FILE
+    if any(int(os.environ.get(name) or 0) for name in ("LOCAL_RANK", "SLURM_PROCID", "RANK")):
+        _wait_for_demo_corpus(Path(root_dir))
+        make_demo_corpus(root_dir, progress=False)  # Keeps it, or refuses it as the first does.
+        return
+    failed.unlink(missing_ok=True)
+    try:
+        make_demo_corpus(root_dir)
+    except BaseException as error:
+        if any(int(os.environ.get(name) or 1) > 1 for name in ("WORLD_SIZE", "SLURM_NTASKS")):
+            with suppress(OSError):
+                failed.parent.mkdir(parents=True, exist_ok=True)
+                _write_text(failed, f"{str(error) or type(error).__name__}\n")
+        raise
+
+
+def _wait_for_demo_corpus(root: Path) -> None:
+    """Wait until the first process has made a corpus; it may fail, or be gone."""
+    began = time.time()
+    last_change, seen = time.monotonic(), None
+    while not (root / DESCRIPTION_FILE).is_file():
+        failed = root / FAILED_FILE
+        with suppress(OSError):  # It may be removed at any time.
+            if failed.stat().st_mtime >= began:  # not of an earlier job
+                cause = failed.read_text(encoding="utf-8").strip()
+                raise ValueError(f"the first process could not make the demo corpus: {cause}")
+        if (state := _folder_times(root)) != seen:
+            last_change, seen = time.monotonic(), state
+        if time.monotonic() - last_change > PATIENCE_S:
+            raise ValueError(
+                f"no file has come to {root} for {PATIENCE_S:.0f} s, and the demo corpus in it is "
+                "not complete: see what the first process says; all processes must share the folder"
+            )
+        time.sleep(1)
+
+
+def _folder_times(root: Path) -> dict[str, float]:
+    """When a file last came to each folder."""
+    times = {}
+    for folder, _, _ in os.walk(root):
+        with suppress(OSError):
+            times[folder] = os.stat(folder).st_mtime
+    return times
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

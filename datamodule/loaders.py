@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from datamodule.bad_clip import BadClip
 from espnet.formats import IGNORE_ID, STREAMS
 
 STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what ends a run; the second is SLURM's
@@ -21,27 +22,30 @@ STOPPING_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what ends a run; the seco
 Item = dict[str, Any]
 
 
-def collate_pad(items: list[Item | None]) -> dict[str, Any]:
+def collate_pad(items: list[Item | BadClip]) -> dict[str, Any]:
     """Pad utterances to a batch.
 
     Args:
-        items: What `AVDataset` gives; None stands for a bad clip.
+        items: What `AVDataset` gives.
 
     Returns:
         `videos` float32 (B, T, 1, H, W) and `audios` float32 (B, S, 1), padded with zeros, with
         `video_lengths` in frames and `audio_lengths` in samples (B,), those streams that the items
-        have; `targets` int64 (B, U) padded with -1 and `target_lengths` (B,); `indices` (B,), the
-        utterances' places in their list; `num_bad_clips`, an int, how many are missing. If all are
-        bad there is only an empty `indices` (0,) and `num_bad_clips`.
+        have; `targets` int64 (B, U) padded with -1 and `target_lengths` (B,), if they have any;
+        `indices` (B,), the utterances' places in their list; `num_bad_clips`, an int, how many are
+        missing, and, if there are any, the list of them, `bad_clips`. If all are bad there is an
+        empty `indices` (0,) and no stream.
     """
-    clips = [item for item in items if item is not None]
+    clips = [item for item in items if isinstance(item, dict)]
     batch: dict[str, Any] = {
         "indices": torch.tensor([clip["index"] for clip in clips], dtype=torch.int64),
         "num_bad_clips": len(items) - len(clips),
     }
+    if bad := [item for item in items if isinstance(item, BadClip)]:
+        batch["bad_clips"] = bad
     if not clips:
         return batch
-    for name in (*(stream for stream in STREAMS if stream in clips[0]), "target"):
+    for name in (name for name in (*STREAMS, "target") if name in clips[0]):
         sequences = [clip[name] for clip in clips]
         padding = IGNORE_ID if name == "target" else 0
         batch[f"{name}s"] = _pad(sequences, padding)
@@ -153,14 +157,14 @@ class _ErrorsAsItems(Dataset):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item | ValueError | None:
+    def __getitem__(self, key: tuple[int, int]) -> Item | BadClip | ValueError:
         try:
             return self._dataset[key]
         except ValueError as error:
             return error
 
 
-def _collate_or_error(items: list[Item | ValueError | None]) -> dict[str, Any] | ValueError:
+def _collate_or_error(items: list[Item | BadClip | ValueError]) -> dict[str, Any] | ValueError:
     for item in items:
         if isinstance(item, ValueError):
             return item
@@ -171,9 +175,12 @@ def _prepare_worker(_: int) -> None:
     """Leave the cores to the other workers, and leave it to the parent when to end.
 
     A signal may reach all processes of a run. The parent then saves, which takes until its step is
-    over, and a worker that had ended by then would take it down.
+    over, and a worker that had ended by then would take it down. Systems that do not tell who sent
+    a signal, as macOS, leave workers to obey any.
     """
     torch.set_num_threads(1)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING_SIGNALS)
     threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
 

@@ -28,8 +28,8 @@ class DataOptions:
     )
     skip_bad_clips: bool = option(
         False,
-        "count and log unreadable training clips instead of stopping",
-        scripts=TRAINING,
+        "leave out, log and count utterances that cannot be used instead of stopping; in scoring, "
+        "leave them out of the error rates instead of counting them as empty hypotheses",
     )
     max_frames: int = option(
         1600, "video frames (25 a second) in a batch, padding included", kind=COUNT

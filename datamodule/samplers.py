@@ -128,6 +128,8 @@ class LongestFirstBatchSampler(Sampler[Batch]):
     Args:
         lengths: Number of frames of each utterance (N,).
         max_frames: Most frames of a batch, counting the padding; a longer utterance is alone.
+        indices: The utterances that take part; None: all. If they are fewer than the processes,
+            but not none, some of them are in several processes.
         rank: Number of this process.
         world_size: Number of processes; some may get one batch fewer, but none gets none.
 
@@ -136,20 +138,31 @@ class LongestFirstBatchSampler(Sampler[Batch]):
     """
 
     def __init__(
-        self, lengths: np.ndarray, *, max_frames: int, rank: int = 0, world_size: int = 1
+        self,
+        lengths: np.ndarray,
+        *,
+        max_frames: int,
+        indices: np.ndarray | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if len(lengths) < world_size:
             raise ValueError(
                 f"got {len(lengths)} utterances to evaluate for {world_size} processes, expected "
                 "at least one for each; use fewer devices"
             )
-        order = np.argsort(-lengths.astype(np.int64), kind="stable").tolist()
+        order = np.argsort(-lengths.astype(np.int64), kind="stable")
+        if indices is not None:
+            order = order[np.isin(order, indices)]
+            if 0 < len(order) < world_size:
+                order = np.repeat(order, -(-world_size // len(order)))
+        order = order.tolist()
         batches, begin = [], 0
         while begin < len(order):
             end = begin + max(1, max_frames // int(lengths[order[begin]]))
             batches.append([(index, 0) for index in order[begin:end]])
             begin = end
-        while len(batches) < world_size:
+        while order and len(batches) < world_size:
             largest = max(batches, key=len)
             batches.append([largest.pop() for _ in range(len(largest) // 2)])
         self._batches = batches[rank::world_size]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,8 @@ import yaml
 import eval as evaluation
 import lightning as train_module
 import train
+from datamodule.media import write_video
+from datamodule.train_tokenizer import train_tokenizer
 from espnet.utils import building
 from tests.auto_avsr_cases import CASES, fill
 
@@ -30,6 +33,8 @@ RUN_FILES = {
     "metrics.csv",
     "model_avg_10.pth",
     "test",
+    "unigram.model",
+    "unigram_units.txt",
 }
 
 
@@ -446,6 +451,41 @@ def test_an_unreadable_clip_is_named_or_skipped(train_arguments, corpus, tmp_pat
         assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [1, 1]
 
 
+def test_whatever_is_wrong_with_an_utterance_can_be_skipped(
+    train_arguments, corpus, tmp_path, capsys, caplog
+):
+    """Frames smaller than the crop, no clip, a text without a token; in validation too."""
+    root = tmp_path / "corpus"
+    shutil.copytree(corpus, root)
+    transcripts = (line.split(maxsplit=1) for line in open(root / "labels/train.txt"))
+    rows = [f"demo,{name}.mp4,40,{text.strip()}\n" for name, text in transcripts]
+    silent = f"demo,{rows[5].split(',')[1]},40,\u200b\u200b\n"
+    (root / "labels/train.csv").write_text("".join([*rows, silent]))
+    for file, row in (("train", 1), ("train", 2), ("val", 0)):
+        clip = (root / f"labels/{file}.csv").read_text().splitlines()[row].split(",")[1]
+        write_video(root / "demo" / clip, np.zeros((40, 24, 24), np.uint8))
+    (root / "demo" / rows[3].split(",")[1]).unlink()
+    arguments = train_arguments("varied", "video", "--root-dir", str(root))
+    assert "does not exist, but" in error_of(capsys, train, arguments)
+    shutil.copyfile(root / "demo" / rows[4].split(",")[1], root / "demo" / rows[3].split(",")[1])
+    assert "train.csv, line 13: the text " in error_of(capsys, train, arguments)
+    (root / "demo" / rows[3].split(",")[1]).unlink()
+    train.main([*arguments, "--skip-bad-clips"])
+    with (train_arguments.exp_dir / "varied/metrics.csv").open() as file:
+        assert [float(row["bad_clips"]) for row in csv.DictReader(file)] == [3, 3]
+    text = caplog.text
+    assert re.search(
+        r"left out 1 clip: 1 as .*train.csv, line 13: the text .* gives no token", text
+    )
+    for epoch in (1, 2):
+        assert re.search(
+            rf"the training of epoch {epoch} left out 3 clips: 2 as .*mp4: got frames of 24x24 "
+            r"pixels.*; 1 as .*mp4: no such file",
+            text,
+        )
+        assert f"the validation of epoch {epoch} left out 1 clip: 1 as " in text
+
+
 def test_evaluation_never_skips_a_clip(run_dir, corpus, tmp_path, capsys):
     root = tmp_path / "corpus"
     shutil.copytree(corpus, root)
@@ -512,3 +552,256 @@ def test_lack_of_memory_for_the_model_is_one_line(train_arguments, capsys, monke
     error = error_of(capsys, train, train_arguments("large", "audio"))
     assert "out of memory outside of training: choose a smaller model" in error
     assert "lower --decode-max-frames (now 1600)" in error
+
+
+@pytest.fixture
+def replaced_vocabulary(corpus, tmp_path):
+    """The corpus with a SentencePiece model of the same size that was trained on other words."""
+    root = tmp_path / "replaced"
+    shutil.copytree(corpus, root)
+    units = (root / "spm/unigram_units.txt").read_text().splitlines()
+    before = [line.split()[0] for line in units]
+    turned = [piece[:0:-1] for piece in before if len(piece) > 1 and piece[0] == "\u2581"]
+    found = train_tokenizer(
+        turned,
+        root / "spm/unigram",
+        vocab_size=len(units) + 2,
+        seed_pieces=[f"\u2581{word}" for word in turned],
+    )
+    assert len(found) == len(units)
+    assert list(found) != before
+    return root
+
+
+def test_a_vocabulary_that_was_replaced_in_place_is_not_taken(
+    run_dir, replaced_vocabulary, train_arguments, tmp_path, capsys
+):
+    """The run's own copy is; another one is refused, whatever is done with the checkpoint."""
+    root = ["--root-dir", str(replaced_vocabulary)]
+    moved = tmp_path / "moved" / "model_avg_10.pth"
+    moved.parent.mkdir()
+    shutil.copyfile(run_dir / "model_avg_10.pth", moved)
+    out = ["--test-file", "test.csv", "--output-dir", str(tmp_path / "out")]
+    average = ["--pretrained-model-path", str(run_dir / "model_avg_10.pth")]
+    evaluation.main([*average, *root, *out])
+    name = "hypotheses_audiovisual_clean.jsonl"
+    assert read_lines(tmp_path / "out" / name) == read_lines(run_dir / "test" / name)
+    other = ["--sp-model-path", str(replaced_vocabulary / "spm/unigram.model")]
+    for checkpoint in ("model_avg_10.pth", "last.ckpt"):
+        path = ["--pretrained-model-path", str(run_dir / checkpoint)]
+        error = error_of(capsys, evaluation, [*path, *root, *out, *other])
+        assert f"{checkpoint} was trained with another vocabulary" in error
+    dropout = ["--modality-dropout", "0.3", "0.3"]
+    for more in (
+        ["--ckpt-path", run_dir / "last.ckpt"],
+        average,
+        ["--pretrained-model-path", moved],
+    ):
+        arguments = train_arguments("replaced", "audiovisual", *dropout, *root, *more)
+        assert "was trained with another vocabulary" in error_of(capsys, train, arguments)
+    assert not (train_arguments.exp_dir / "replaced").exists()
+
+
+def test_checkpoints_that_do_not_tell_their_vocabulary_load_as_before(
+    run_dir, replaced_vocabulary, corpus, tmp_path
+):
+    """So did those of earlier versions, whose runs have no copy either."""
+    run = tmp_path / "earlier"
+    run.mkdir()
+    torch.save(dict(state_of(run_dir / "model_avg_10.pth")), run / "model_avg_10.pth")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["sp_model_path"] == str(corpus / "spm/unigram.model")
+    config["sp_model_path"] = str(replaced_vocabulary / "spm/unigram.model")
+    config["dict_path"] = str(replaced_vocabulary / "spm/unigram_units.txt")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--root-dir", str(corpus), "--test-file", "test.csv"]
+    evaluation.main(["--pretrained-model-path", str(run / "model_avg_10.pth"), *arguments])
+
+
+@pytest.fixture
+def bad_test_list(corpus, tmp_path):
+    """The corpus with two clips of its test list that cannot be read, and their ids."""
+    root = tmp_path / "bad"
+    shutil.copytree(corpus, root)
+    rows = (root / "labels/test.csv").read_text().splitlines()
+    clips = [Path(*row.split(",")[:2]) for row in rows[1:3]]
+    (root / clips[0]).write_bytes(b"not a video")
+    write_video(root / clips[1], np.zeros((50, 24, 24), np.uint8))
+    return root, [str(clip.with_suffix("")) for clip in clips]
+
+
+def scoring_words(run_dir, root, out, *more):
+    words = ["--pretrained-model-path", run_dir / "model_avg_10.pth", "--root-dir", root]
+    words += ["--test-file", "test.csv", "--output-dir", out, "--num-workers", "0", *more]
+    return list(map(str, words))
+
+
+HYPOTHESES = "hypotheses_audiovisual_clean.jsonl"
+
+
+def test_a_bad_clip_does_not_stop_an_evaluation(run_dir, bad_test_list, tmp_path, capsys):
+    """It counts as an empty hypothesis, is listed, and the exit code says so."""
+    root, bad = bad_test_list
+    with pytest.raises(SystemExit) as info:
+        evaluation.main(scoring_words(run_dir, root, tmp_path / "out"))
+    assert info.value.code == 3
+    shown = capsys.readouterr()
+    assert "2 bad clips counted as empty" in shown.out
+    assert "2 clips could not be read and count as empty hypotheses" in shown.err
+    good = {line["id"]: line for line in read_lines(run_dir / "test" / HYPOTHESES)}
+    lines = read_lines(tmp_path / "out" / HYPOTHESES)
+    assert [line["id"] for line in lines] == list(good)
+    for line in lines:
+        if line["id"] in bad:
+            assert (line["hypothesis"], line["score"]) == ("", None)
+            assert line["id"] in line["error"]
+        else:
+            assert line["hypothesis"] == good[line["id"]]["hypothesis"]
+            assert "error" not in line
+    (summary,) = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+    words = sum(len(line["reference"].split()) for line in lines)
+    assert (summary["utterances"], summary["words"]["reference"]) == (4, words)
+    lost = sum(len(line["reference"].split()) for line in lines if line["id"] in bad)
+    assert summary["words"]["deletions"] >= lost
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {HYPOTHESES, "summary.json"}
+
+    evaluation.main(scoring_words(run_dir, root, tmp_path / "skip", "--skip-bad-clips"))
+    assert "2 bad clips left out" in capsys.readouterr().out
+    (summary,) = json.loads((tmp_path / "skip/summary.json").read_text())
+    assert (summary["utterances"], summary["words"]["reference"]) == (2, words - lost)
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+    assert not {line["id"] for line in read_lines(tmp_path / "skip" / HYPOTHESES)} & set(bad)
+
+
+def test_babble_does_not_spread_a_bad_clip(run_dir, bad_test_list, tmp_path):
+    """The list's own utterances are the babble: the bad ones spoil no other."""
+    root, bad = bad_test_list
+    (root / bad[0]).with_suffix(".wav").write_bytes(b"no sound")
+    for name in ("train.csv", "val.csv"):
+        (root / "labels" / name).unlink()
+    more = ["--modality", "audio", "--decode-snr-target", "0"]
+    with pytest.raises(SystemExit):
+        evaluation.main(scoring_words(run_dir, root, tmp_path / "out", *more))
+    lines = read_lines(tmp_path / "out/hypotheses_audio_0dB.jsonl")
+    assert [line["id"] for line in lines if "error" in line] == bad[:1]
+
+
+def decoded_ids(monkeypatch, words):
+    """Runs eval.py, and returns how many utterances it decodes."""
+    count = []
+    decode = train_module.ModelModule.decode
+
+    def counting(module, batch):
+        count.extend(batch["indices"].tolist())
+        return decode(module, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.ModelModule.decode", counting)
+        evaluation.main(words)
+    return count
+
+
+def test_a_killed_evaluation_goes_on(run_dir, corpus, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = scoring_words(run_dir, corpus, out, "--decode-max-frames", "1")  # one at a time
+    decode = train_module.ModelModule.decode
+    calls = []
+
+    def killed(module, batch):
+        calls.append(batch)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decode(module, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning.ModelModule.decode", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            evaluation.main(words)
+    assert len(read_lines(out / HYPOTHESES)) == 2
+    assert not (out / "summary.json").exists()
+    with (out / HYPOTHESES).open("a") as file:
+        file.write('{"id": "demo/te')  # as a process that is killed may leave it
+    error = error_of(capsys, evaluation, [*words, "--resume", "--beam-size", "2"])
+    assert "were decoded with beam_size 3, not 2: give that, or leave --resume out" in error
+    assert len(decoded_ids(monkeypatch, [*words, "--resume"])) == 2
+    whole = read_lines(run_dir / "test" / HYPOTHESES)
+    for one, two in zip(read_lines(out / HYPOTHESES), whole, strict=True):
+        assert one.pop("score") == pytest.approx(two["score"], abs=1e-3)
+        assert one == {name: value for name, value in two.items() if name != "score"}
+    (summary,) = json.loads((out / "summary.json").read_text())
+    (expected,) = json.loads((run_dir / "test/summary.json").read_text())
+    assert (summary["wer"], summary["words"]) == (expected["wer"], expected["words"])
+    assert decoded_ids(monkeypatch, [*words, "--resume"]) == []
+    (again,) = json.loads((out / "summary.json").read_text())
+    assert (again["wer"], again["real_time_factor"]) == (summary["wer"], None)
+
+
+def test_a_mended_clip_is_decoded_by_resuming(
+    run_dir, bad_test_list, corpus, tmp_path, monkeypatch
+):
+    root, bad = bad_test_list
+    words = scoring_words(run_dir, root, tmp_path / "out")
+    with pytest.raises(SystemExit):
+        evaluation.main(words)
+    for name in bad:
+        shutil.copyfile(corpus / f"{name}.mp4", root / f"{name}.mp4")
+    assert len(decoded_ids(monkeypatch, [*words, "--resume"])) == 2
+    found = [(line["id"], line["hypothesis"]) for line in read_lines(tmp_path / "out" / HYPOTHESES)]
+    expected = read_lines(run_dir / "test" / HYPOTHESES)
+    assert found == [(line["id"], line["hypothesis"]) for line in expected]
+
+
+def test_hypotheses_of_unknown_origin_are_not_gone_on_with(run_dir, corpus, tmp_path, capsys):
+    (tmp_path / HYPOTHESES).write_text("")
+    error = error_of(capsys, evaluation, scoring_words(run_dir, corpus, tmp_path, "--resume"))
+    assert "tells how its hypotheses were decoded: leave --resume out" in error
+
+
+def test_lack_of_memory_in_an_evaluation_is_one_line(
+    run_dir, corpus, tmp_path, capsys, monkeypatch
+):
+    def allocate(*_):
+        torch.empty(2**60)
+
+    monkeypatch.setattr("lightning.ModelModule.decode", allocate)
+    error = error_of(capsys, evaluation, scoring_words(run_dir, corpus, tmp_path / "out"))
+    assert "lower --decode-max-frames (now 1600) or --beam-size if it was the scoring" in error
+
+
+def test_training_ends_though_a_test_clip_is_bad(train_arguments, bad_test_list, capsys):
+    root, bad = bad_test_list
+    arguments = train_arguments("bad_test", "video", "--root-dir", str(root))
+    with pytest.raises(SystemExit) as info:
+        train.main([*arguments, "--test-file", "test.csv"])
+    assert info.value.code == 3
+    assert "count as empty hypotheses" in capsys.readouterr().err
+    (summary,) = json.loads((train_arguments.exp_dir / "bad_test/test/summary.json").read_text())
+    assert [clip["id"] for clip in summary["bad_clips"]] == bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 2, 3, 4])
+def test_two_processes_go_on_with_an_evaluation(run_dir, bad_test_list, tmp_path, kept):
+    """Also where fewer utterances are left than there are processes."""
+    root, bad = bad_test_list
+    words = scoring_words(run_dir, root, tmp_path / "out", "--accelerator", "cpu")
+    pair = ["--gpus", "2", "--strategy", "ddp"]
+    done = run_script("eval.py", [*words, *pair])
+    assert done.returncode == 3, done.stderr
+    path = tmp_path / "out" / HYPOTHESES
+    whole = read_lines(path)
+    assert [line["id"] for line in whole if "error" in line] == bad
+    in_order = sorted(whole, key=lambda line: "error" in line)
+    lines = [
+        json.dumps({**line, "error": None}).replace(', "error": null', "") for line in in_order
+    ]
+    for half, number in ((path, 0), (path.with_suffix(".rank1.jsonl"), 1)):
+        half.write_text("".join(f"{line}\n" for line in lines[:kept][number::2]))
+    done = run_script("eval.py", [*words, *pair, "--resume"])
+    assert done.returncode == (3 if kept < 4 else 0), done.stderr
+    found = read_lines(path)
+    assert [line["id"] for line in found] == [line["id"] for line in whole]
+    assert [line["hypothesis"] for line in found] == [line["hypothesis"] for line in whole]
+    assert sum("error" in line for line in found) == 4 - max(kept, 2)
+    assert {found.name for found in path.parent.iterdir()} == {HYPOTHESES, "summary.json"}

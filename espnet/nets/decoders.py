@@ -1,5 +1,7 @@
 """Which decoders there are, what each needs, and what they go with; nothing here imports torch."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -82,6 +84,7 @@ class Vocabulary:
         prompt: Ids of a pretrained tokenizer (one less than the model's) that come before the
             text, the last one being `sos`; empty for a vocabulary of this project.
         special_tokens: Ids of a pretrained tokenizer that a search must never choose.
+        fingerprint: Of its tokens in their order; None if they are not known.
     """
 
     odim: int
@@ -89,6 +92,12 @@ class Vocabulary:
     eos: int
     prompt: tuple[int, ...] = ()
     special_tokens: tuple[int, ...] = ()
+    fingerprint: str | None = None
+
+
+def vocabulary_fingerprint(token_list: Sequence[str]) -> str:
+    """Tells vocabularies apart whose ids stand for other tokens, also those of the same size."""
+    return hashlib.sha256("\n".join(token_list).encode()).hexdigest()[:16]
 
 
 PRETRAINED = tuple(name for name, choice in DECODERS.items() if choice.pretrained)

@@ -1,5 +1,6 @@
 """Makes the parts of a run from its options, for train.py and eval.py alike."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from datamodule.pretrained_text_transform import (
 )
 from datamodule.text_transform import TextTransform
 from espnet.formats import CLEAN_SNR, MODALITIES, VIDEO_RATE
-from espnet.nets.decoders import DecoderOptions, Vocabulary
+from espnet.nets.decoders import DecoderOptions, Vocabulary, vocabulary_fingerprint
 from espnet.nets.encoders import EncoderChoice
 from espnet.nets.model_options import ModelOptions
 from espnet.nets.pytorch_backend.e2e_asr_conformer import E2E
@@ -59,6 +60,7 @@ def build_model(options: ModelOptions, text_transform: AnyTextTransform) -> E2E:
         eos=text_transform.eos,
         prompt=text_transform.prompt,
         special_tokens=text_transform.special_tokens,
+        fingerprint=vocabulary_fingerprint(text_transform.token_list),
     )
     return E2E(options, vocabulary)
 
@@ -81,8 +83,33 @@ def build_data(options: Options, modality: str, text_transform: AnyTextTransform
         takes_ids=not decoder.pretrained,
         audio_normalize=audio.normalized_audio,
         max_seconds=audio.max_seconds,
+        most_tokens=most_tokens(options.model, text_transform),
         snr_targets=options.scoring.decode_snr_target if hears else (CLEAN_SNR,),
     )
+
+
+def most_tokens(
+    options: ModelOptions, text_transform: AnyTextTransform
+) -> Callable[[int], int] | None:
+    """What tells the most tokens of a text from the frames of its utterance; None: no limit.
+
+    It is what `max_tokens` of the decoder will say, before there is one.
+    """
+    decoder = options.decoder
+    if not decoder.choice.pretrained:
+        return None
+    config = AutoConfig.from_pretrained(decoder.decoder_name)
+    is_whisper = decoder.decoder == "whisper"
+    positions = config.max_target_positions if is_whisper else config.max_position_embeddings
+    room = positions - len(text_transform.prompt)
+    if decoder.decoder != "llama" or decoder.llama_conditioning != "prefix":
+        return lambda frames: room  # noqa: ARG005
+
+    def behind_prefix(frames: int) -> int:
+        memory = frames * options.encoders.frame_rate // VIDEO_RATE
+        return max(0, room - -(-memory // decoder.llama_downsample))
+
+    return behind_prefix
 
 
 def check_positions(

@@ -1,8 +1,8 @@
 """Reading, loading and averaging of checkpoints, without ever unpickling code."""
 
-import logging
 import pickle
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from espnet.nets.pytorch_backend.pretrained import bases, from_bases
 from espnet.nets.pytorch_backend.qlora_utils import adapter_names, plain_shapes, to_adapted_names
 
 BARE_FRONTEND = ("trunk.", "frontend3D.")  # names in word-classification checkpoints
+FRONTENDS = ("video_frontend", "audio_frontend")
+BETWEEN = ("missing_video", "missing_audio", "proj_encoder")  # front-ends and encoder
+VOCABULARY_LAYERS = ("decoder.embed.", "decoder.output_layer.", "ctc.ctc_lo.")
+PART_WIDTH = 14  # of the longest name
 SHOWN = 3  # mismatches that an error names
-
-logger = logging.getLogger(__name__)
+VOCABULARY = "vocabulary"  # under which a checkpoint keeps the fingerprint of its tokens
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -46,7 +49,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {path} holds a {type(content).__name__}, a state dict is expected"
         )
-    return dict(content)
+    of_model = getattr(content, "_metadata", {}).get("", {})
+    known = {VOCABULARY: of_model[VOCABULARY]} if VOCABULARY in of_model else {}
+    return {**content, **known}
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -86,10 +91,24 @@ def trained_content(model: nn.Module) -> dict[str, Any]:
 
     Returns:
         A plain state dict; for a model with pretrained parts `model_state_dict`, the weights, and
-        `bases`, the name and fingerprint of what each part was loaded from.
+        `bases`, the name and fingerprint of what each part was loaded from. The fingerprint of the
+        vocabulary is beside them as `vocabulary`, or in the plain state dict's `_metadata`, where
+        PyTorch keeps what it knows of modules.
     """
     state, found = without_bases(model, model.state_dict())
-    return {"model_state_dict": state, "bases": found} if found else state
+    return _content(state, found, model.vocabulary)
+
+
+def _content(
+    state: Mapping[str, Tensor], found: Mapping[str, Any], vocabulary: str | None
+) -> dict[str, Any]:
+    if found:
+        known = {VOCABULARY: vocabulary} if vocabulary else {}
+        return {"model_state_dict": state, "bases": found, **known}
+    state = OrderedDict(state)
+    if vocabulary:  # The model's own `_metadata` is left out, as it has always been.
+        state._metadata = {"": {VOCABULARY: vocabulary}}
+    return state
 
 
 def without_bases(
@@ -111,10 +130,12 @@ def load_model(model: nn.Module, path: str | Path, content: dict[str, Any] | Non
     """Loads a checkpoint of the whole model; `content` is what it holds, if it has been read.
 
     Raises:
-        ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases.
+        ValueError: If the checkpoint cannot be read, does not fit, or belongs to other bases or
+            another vocabulary.
     """
     content = read_checkpoint(path) if content is None else content
     check_bases(model, content, path)
+    check_vocabulary(model, content, path)
     load_weights(model, _state_dict(content, path), path)
 
 
@@ -135,6 +156,23 @@ def check_bases(model: nn.Module, content: Mapping[str, Any], source: str | Path
                 f"{trained['fingerprint']}) as {part}, but the model has {base.name} (fingerprint "
                 f"{base.fingerprint}): give the one that it was trained on"
             )
+
+
+def check_vocabulary(model: nn.Module, content: Mapping[str, Any], source: str | Path) -> None:
+    """Makes sure that a checkpoint's ids stand for the model's tokens.
+
+    Earlier checkpoints do not tell. Errors call the checkpoint `source`.
+
+    Raises:
+        ValueError: If they stand for others.
+    """
+    trained = content.get(VOCABULARY)
+    if None not in (trained, model.vocabulary) and trained != model.vocabulary:
+        raise ValueError(
+            f"checkpoint {source} was trained with another vocabulary (fingerprint {trained}) than "
+            f"the one given (fingerprint {model.vocabulary}): give its own, of which its run keeps "
+            "a copy, with --sp-model-path (or --decoder-name), or train on with --transfer-all"
+        )
 
 
 def load_weights(
@@ -176,9 +214,25 @@ def load_weights(
 
 
 def transfer_weights(
-    model: nn.Module, path: str | Path, *, frontend: bool = False, encoder: bool = False
-) -> None:
-    """Starts a model from a checkpoint, or only its front-ends (those that it has) or its encoder.
+    model: nn.Module,
+    path: str | Path,
+    *,
+    frontend: bool = False,
+    encoder: bool = False,
+    everything: bool = False,
+) -> str:
+    """Starts a model from a checkpoint, or only from parts of it.
+
+    Args:
+        model: To start.
+        path: Checkpoint.
+        frontend: Whether to take its front-ends, those that the model has.
+        encoder: Whether to take its encoder and, where it fits, the projection before it.
+        everything: Whether to take all that both have but the layers of the vocabulary; the
+            projection and what stands for a missing stream again where they fit.
+
+    Returns:
+        A table: of how many entries of each part of the model the weights were taken.
 
     Raises:
         ValueError: If the checkpoint cannot be read, does not fit, or lacks the part.
@@ -187,28 +241,72 @@ def transfer_weights(
     state = to_adapted_names(model, _state_dict(content, path))
     recorded = content.get("bases", {})
     optional = adapter_names(model) | _brought_back(model, recorded)
-    if not frontend and not encoder:
+    if not (frontend or encoder or everything):
         check_bases(model, content, path)
+        check_vocabulary(model, content, path)
         load_weights(model, state, path, optional=optional)
-        return
-    parts = ["video_frontend", "audio_frontend"] * frontend + ["encoder"] * encoder
+        return _table(model, state, set(state), path)
+    parts = [*FRONTENDS] * (frontend or everything) + ["encoder"] * (encoder or everything)
+    parts += ["decoder", "ctc"] * everything
+    left_out = {name for name in model.state_dict() if name.startswith(VOCABULARY_LAYERS)}
+    taken = _take_fitting(model, state, BETWEEN if encoder or everything else ())
     loaded = []
     for part in parts:
         prefix = f"{part}."
-        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        names = {n for n in state if n.startswith(prefix) and not n.startswith(VOCABULARY_LAYERS)}
         module = getattr(model, part, None)
-        if weights and module is not None:
+        if names and module is not None:
             of_part = {name: base for name, base in recorded.items() if name.startswith(prefix)}
             check_bases(model, {"bases": of_part}, path)
-            absent = {n.removeprefix(prefix) for n in optional if n.startswith(prefix)}
+            weights = {name.removeprefix(prefix): state[name] for name in names}
+            absent = {n.removeprefix(prefix) for n in optional | left_out if n.startswith(prefix)}
             load_weights(module, weights, path, optional=absent)
             loaded.append(part)
-    if (frontend and loaded in ([], ["encoder"])) or (encoder and "encoder" not in loaded):
+            taken |= names
+    lacking = (frontend and not set(loaded) & set(FRONTENDS)) or (
+        encoder and "encoder" not in loaded
+    )
+    if lacking or not loaded:
         raise ValueError(
             f"checkpoint {path} has no weights for {' or '.join(parts)} of this model: it begins "
             f"with {', '.join(list(state)[:SHOWN])}"
         )
-    logger.info("Loaded %s from %s", ", ".join(loaded), path)
+    return _table(model, state, taken, path)
+
+
+def _take_fitting(
+    model: nn.Module, state: Mapping[str, Tensor], parts: tuple[str, ...]
+) -> set[str]:
+    """Loads those parts that a checkpoint has in the same shape; returns the names of weights."""
+    own = model.state_dict()
+    taken = set()
+    for part in parts:
+        names = _names_of(part, own)
+        if all(name in state and state[name].shape == own[name].shape for name in names):
+            for name in names:
+                own[name].copy_(state[name])
+            taken |= names
+    return taken
+
+
+def _names_of(part: str, names: Iterable[str]) -> set[str]:
+    """The names of a part's weights; a part may be a weight itself."""
+    return {name for name in names if name == part or name.startswith(f"{part}.")}
+
+
+def _table(model: nn.Module, state: Mapping[str, Tensor], taken: set[str], path: str | Path) -> str:
+    """Says of how many entries of each part the weights were taken.
+
+    What the parts' own checkpoints bring back, and tables of weights in 4 bits, do not count.
+    """
+    inside = tuple(f"{name}." for name in plain_shapes(model))
+    brought = from_bases(model).difference(state)
+    own = [n for n in model.state_dict() if n not in brought and not n.startswith(inside)]
+    lines = [f"Weights from {path}:"]
+    for part in dict.fromkeys(name.split(".")[0] for name in own):
+        names = _names_of(part, own)
+        lines.append(f"  {part:<{PART_WIDTH}} {len(names & taken):>5} of {len(names)} entries")
+    return "\n".join(lines)
 
 
 def _brought_back(model: nn.Module, recorded: Mapping[str, Any]) -> set[str]:
@@ -235,4 +333,4 @@ def average_checkpoints(paths: list[Path]) -> dict[str, Any]:
             total[name] += other[name]
     for name, value in total.items():
         state[name] = (value / len(paths)).to(state[name].dtype)
-    return {"model_state_dict": state, "bases": content["bases"]} if "bases" in content else state
+    return _content(state, content.get("bases", {}), content.get(VOCABULARY))

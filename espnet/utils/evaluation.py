@@ -1,13 +1,14 @@
 """Scoring of a recogniser under several conditions: decoding, error rates, files and report."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import jiwer
+import numpy as np
 import pytorch_lightning as pl
 import torch.distributed
 from torch.utils.data import DataLoader
@@ -15,7 +16,10 @@ from torch.utils.data import DataLoader
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from espnet.formats import CLEAN_SNR, VIDEO_RATE
+from espnet.utils.hypotheses import ERROR, HypothesisFiles
 from espnet.utils.text_normalization import normalizer
+
+OfUtterance = TypeVar("OfUtterance")  # has the `index` of an utterance
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class Decoded:
     index: int  # row of the utterance in its label list
     hypothesis: str  # text; empty if the search found nothing
     score: float | None  # log-score of the hypothesis, None if the search found nothing
-    seconds: float  # time that decoding took, shared out over the utterances of the batch
+    # Time that decoding took, shared out over the utterances of the batch; None if none was.
+    seconds: float | None
+    error: str | None = None  # why the clip could not be read
 
 
 @dataclass(frozen=True)
@@ -72,25 +78,96 @@ def _error_counts(found: jiwer.WordOutput | jiwer.CharacterOutput) -> ErrorCount
     return ErrorCounts(substitutions, deletions, found.insertions, reference)
 
 
-class ConditionLoaders(pl.LightningDataModule):
-    """One loader of the test list for each condition, made once the processes are running.
+class Scoring(pl.LightningDataModule):
+    """A test list under several conditions: its loaders, and what was found.
 
-    Each modality of the conditions has a data module that reads it.
+    The loaders are made once the processes are running. A condition has none if nothing is left to
+    be decoded.
+
+    Args:
+        conditions: What to give the model.
+        data: For each modality of the conditions the data module that reads it.
+        files: Where hypotheses go as they are found, and those come from that are there.
+        skip_bad_clips: Whether clips that cannot be read are left out of the hypotheses.
     """
 
-    def __init__(self, conditions: Sequence[Condition], data: Mapping[str, DataModule]) -> None:
+    def __init__(
+        self,
+        conditions: Sequence[Condition],
+        data: Mapping[str, DataModule],
+        files: HypothesisFiles,
+        *,
+        skip_bad_clips: bool = False,
+    ) -> None:
         super().__init__()
         self.conditions = conditions
         self.data = data
+        self.files = files
+        self.skip_bad_clips = skip_bad_clips
+        self.decoded: list[list[Decoded]] = [[] for _ in conditions]  # in this process, or earlier
+        self._loaded: list[int] = []  # numbers of the conditions that have a loader
 
     def test_dataloader(self) -> list[DataLoader]:
         """Makes the loaders, in the order of the conditions."""
+        names = [condition.name for condition in self.conditions]
+        lines = self.files.begin(names) if self.trainer.is_global_zero else None
+        lines = self.trainer.strategy.broadcast(lines)
         loaders = []
-        for condition in self.conditions:
+        for number, condition in enumerate(self.conditions):
+            dataset = self.dataset(condition)
+            earlier = found_in(lines[condition.name], dataset)
+            self.decoded[number] = earlier
+            left = np.setdiff1d(np.arange(len(dataset)), [result.index for result in earlier])
+            if not len(left):
+                continue
+            self._loaded.append(number)
             data = self.data[condition.modality]
             data.trainer = self.trainer  # It knows this process's share of the utterances.
-            loaders.append(data.test_dataloader(condition.snr))
+            whole = len(left) == len(dataset)
+            loaders.append(
+                data.test_dataloader(condition.snr, indices=None if whole else left, to_decode=True)
+            )
         return loaders
+
+    def dataset(self, condition: Condition) -> AVDataset:
+        """The test list as it is under a condition."""
+        return self.data[condition.modality].test_datasets[condition.snr]
+
+    def add(self, loader: int, results: Sequence[Decoded]) -> None:
+        """Takes what was found of a batch of a loader, and writes it."""
+        number = self._loaded[loader]
+        condition = self.conditions[number]
+        self.decoded[number].extend(results)
+        lines = self.lines(results, condition)
+        self.files.add(condition.name, lines, self.trainer.global_rank)
+
+    def lines(self, results: Sequence[Decoded], condition: Condition) -> list[dict[str, Any]]:
+        """What the file of hypotheses has of some results."""
+        dataset = self.dataset(condition)
+        return [
+            {
+                "id": dataset.utterance_id(result.index),
+                "reference": dataset.reference(result.index),
+                "hypothesis": result.hypothesis,
+                "score": result.score,
+                **({} if result.error is None else {ERROR: result.error}),
+            }
+            for result in results
+            if result.error is None or not self.skip_bad_clips
+        ]
+
+
+def found_in(lines: list[dict[str, Any]], dataset: AVDataset) -> list[Decoded]:
+    """The results that a file of hypotheses has of a list, in any order."""
+    if not lines:
+        return []
+    by_id = {line["id"]: line for line in lines}
+    ids = map(dataset.utterance_id, range(len(dataset)))
+    return [
+        Decoded(index, by_id[name]["hypothesis"], by_id[name]["score"], None)
+        for index, name in enumerate(ids)
+        if name in by_id
+    ]
 
 
 def conditions_of(modality: str, snrs: Sequence[float]) -> list[Condition]:
@@ -113,90 +190,111 @@ def evaluate(
     conditions: Sequence[Condition],
     output_dir: Path,
     normalize: str = "none",
+    *,
+    skip_bad_clips: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> list[dict]:
-    """Decodes the test list under each condition and writes what was found.
+    """Decodes the test list under each condition and writes what was found, as it is found.
 
     `output_dir` gets, for each condition, `hypotheses_<condition>.jsonl` with a line an utterance
-    (id, reference, hypothesis, score) and, once all are done, `summary.json`.
+    (id, reference, hypothesis, score, and `error` for a clip that could not be read) and, once all
+    are done, `summary.json`.
 
     Args:
         trainer: Runs the model, on one process or several, which share out the utterances.
-        module: Model and search; decodes into its `decoded`, by condition.
+        module: Model and search; tells its `on_decoded` what it finds.
         data: For each modality of the conditions the data module that reads it.
         conditions: What to give the model.
         output_dir: Folder, made if it does not exist.
         normalize: What text goes through before errors are counted, a name of `NORMALIZERS`.
+        skip_bad_clips: Whether clips that cannot be read are left out instead of counting as empty
+            hypotheses.
+        settings: What hypotheses depend on, as `HypothesisFiles` takes it.
+        resume: Whether to decode only what the folder has no hypothesis of.
 
     Returns:
         The summary of each condition; on processes but the first, an empty list.
+
+    Raises:
+        ValueError: If what the folder has was decoded with other settings.
     """
-    module.decoded = {}
-    trainer.test(module, datamodule=ConditionLoaders(conditions, data), verbose=False)
+    files = HypothesisFiles(output_dir, settings, resume=resume)
+    scoring = Scoring(conditions, data, files, skip_bad_clips=skip_bad_clips)
+    module.on_decoded = scoring.add
+    trainer.test(module, datamodule=scoring, verbose=False)
+    module.on_decoded = None
     summaries = []
-    for number, condition in enumerate(conditions):
-        decoded = gather(module.decoded.get(number, []))
+    for condition, found in zip(conditions, scoring.decoded, strict=True):
+        decoded = gather(found)
         if trainer.is_global_zero:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            dataset = data[condition.modality].test_datasets[condition.snr]
-            summaries.append(write_condition(decoded, dataset, condition, output_dir, normalize))
+            files.finish(condition.name, scoring.lines(decoded, condition))
+            summaries.append(summary_of(decoded, scoring, condition, normalize))
     if trainer.is_global_zero:
-        text = json.dumps(summaries, indent=2) + "\n"
-        (output_dir / "summary.json").write_text(text, encoding="utf-8")
+        files.summarise(summaries)
     return summaries
 
 
-def gather(decoded: list[Decoded]) -> list[Decoded]:
-    """The results of all processes, in the order of the test list, each utterance once."""
+def gather(found: list[OfUtterance]) -> list[OfUtterance]:
+    """What all processes have of utterances, in the order of the list, each utterance once."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         shares: list = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(shares, decoded)
-        decoded = [result for share in shares for result in share]
-    return sorted({result.index: result for result in decoded}.values(), key=lambda r: r.index)
+        torch.distributed.all_gather_object(shares, found)
+        found = [result for share in shares for result in share]
+    return sorted({result.index: result for result in found}.values(), key=lambda r: r.index)
 
 
-def write_condition(
-    decoded: list[Decoded],
-    dataset: AVDataset,
-    condition: Condition,
-    output_dir: Path,
-    normalize: str = "none",
+def summary_of(
+    decoded: list[Decoded], scoring: Scoring, condition: Condition, normalize: str = "none"
 ) -> dict:
-    """Writes the hypotheses of all utterances under a condition and sums up their errors.
-
-    Texts are normalised before errors are counted; the file has them as they were.
+    """Sums up the errors of all utterances under a condition; texts are normalised before.
 
     Returns:
-        Summary: condition, normaliser, error rates and counts, real-time factor.
+        Condition, normaliser, error rates and counts, clips that could not be read, real-time
+        factor (of what was decoded now; None if nothing was).
     """
-    references = [dataset.reference(result.index) for result in decoded]
-    path = output_dir / f"hypotheses_{condition.name}.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for result, reference in zip(decoded, references, strict=True):
-            line = {
-                "id": dataset.utterance_id(result.index),
-                "reference": reference,
-                "hypothesis": result.hypothesis,
-                "score": result.score,
-            }
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    clean = normalizer(normalize)
+    dataset, clean = scoring.dataset(condition), normalizer(normalize)
+    bad = [
+        {"id": dataset.utterance_id(result.index), ERROR: result.error}
+        for result in decoded
+        if result.error is not None
+    ]
+    if scoring.skip_bad_clips:
+        decoded = [result for result in decoded if result.error is None]
     words, characters = count_errors(
-        [clean(reference) for reference in references],
+        [clean(dataset.reference(result.index)) for result in decoded],
         [clean(result.hypothesis) for result in decoded],
     )
-    duration = sum(int(dataset.labels.num_frames[result.index]) for result in decoded) / VIDEO_RATE
+    timed = [result for result in decoded if result.seconds is not None]
+    duration = sum(int(dataset.labels.num_frames[result.index]) for result in timed) / VIDEO_RATE
     return {
         **dataclasses.asdict(condition),
         "normalize": normalize,
         "utterances": len(decoded),
+        "bad_clips": bad,
+        "skip_bad_clips": scoring.skip_bad_clips,
         "wer": words.rate,
         "cer": characters.rate,
         "words": dataclasses.asdict(words),
         "characters": dataclasses.asdict(characters),
-        "real_time_factor": sum(result.seconds for result in decoded) / duration,
-        "hypotheses": path.name,
+        "real_time_factor": sum(r.seconds for r in timed) / duration if timed else None,
+        "hypotheses": scoring.files.path(condition.name).name,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def bad_clips_problem(summaries: list[dict], output_dir: Path) -> str | None:
+    """A line that says what error rates suffer from: clips that count as empty hypotheses."""
+    counted = [s["bad_clips"] for s in summaries if s["bad_clips"] and not s["skip_bad_clips"]]
+    if not counted:
+        return None
+    names = sorted({clip["id"] for clips in counted for clip in clips})
+    number = f"{len(names)} clip{'s' * (len(names) != 1)}"
+    return (
+        f"{number} could not be read and count as empty hypotheses ({counted[0][0][ERROR]}; see "
+        f"bad_clips in {output_dir / 'summary.json'}): mend them and give eval.py --resume, or "
+        "leave them out with --skip-bad-clips"
+    )
 
 
 def format_summaries(summaries: list[dict]) -> str:
@@ -211,8 +309,14 @@ def format_summaries(summaries: list[dict]) -> str:
                 f"{title} {100 * summary[title.lower()]:.2f} % ({counts['substitutions']} sub, "
                 f"{counts['deletions']} del, {counts['insertions']} ins of {counts['reference']})"
             )
-        lines.append(
-            f"{name}: {', '.join(parts)}, real-time factor {summary['real_time_factor']:.3f}, "
-            f"{summary['utterances']} utterances, normaliser {summary['normalize']}"
-        )
+        if (factor := summary["real_time_factor"]) is not None:
+            parts.append(f"real-time factor {factor:.3f}")
+        parts.append(f"{summary['utterances']} utterances")
+        if bad := summary["bad_clips"]:
+            parts.append(f"{len(bad)} bad clips {_what_became_of_them(summary)}")
+        lines.append(f"{name}: {', '.join(parts)}, normaliser {summary['normalize']}")
     return "\n".join(lines)
+
+
+def _what_became_of_them(summary: dict) -> str:
+    return "left out" if summary["skip_bad_clips"] else "counted as empty"

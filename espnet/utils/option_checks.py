@@ -29,10 +29,11 @@ def training_problems(options: Options) -> list[str]:
         problems += model_problems(options.model)
     problems += search_problems(options.search, options.model)
     path = training.pretrained_model_path
-    if (training.transfer_frontend or training.transfer_encoder) and not path:
+    transfers = (training.transfer_frontend, training.transfer_encoder, training.transfer_all)
+    if any(transfers) and not path:
         problems.append(
-            "--transfer-frontend and --transfer-encoder need --pretrained-model-path to take "
-            "weights from"
+            "--transfer-frontend, --transfer-encoder and --transfer-all need "
+            "--pretrained-model-path to take weights from"
         )
     if path and not Path(path).is_file():
         problems.append(f"--pretrained-model-path {path} does not exist")
@@ -145,7 +146,7 @@ def _adaptation_source_problems(options: Options) -> list[str]:
     if run.ckpt_path and (run.ckpt_path != "last" or last.is_file()):
         return []  # What is resumed has them.
     path, only_encoder = training.pretrained_model_path, training.transfer_encoder
-    if path and not training.transfer_frontend and not only_encoder:
+    if path and (training.transfer_all or not (training.transfer_frontend or only_encoder)):
         return []
     random = {"encoder"} if options.model.decoder.choice.pretrained else {"encoder", "decoder"}
     if path and only_encoder:

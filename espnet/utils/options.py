@@ -27,6 +27,7 @@ from espnet.option_tree import (
 from espnet.utils.recipes import RECIPES
 from espnet.utils.text_normalization import NORMALIZERS
 
+BAD_CLIPS_CODE = 3  # that a process ends with if error rates suffer from clips without a hypothesis
 OPTIMIZERS = ("adamw", "adamw8bit")
 of_training = partial(option, scripts=("train",))
 
@@ -105,7 +106,12 @@ class TrainingOptions:
         "whisper --decoder whisper)",
     )
     transfer_frontend: bool = of_training(False, "take only its front-end's weights")
-    transfer_encoder: bool = of_training(False, "take only its encoder's weights")
+    transfer_encoder: bool = of_training(
+        False, "take only its encoder's weights, with the projection before it where it fits"
+    )
+    transfer_all: bool = of_training(
+        False, "take all that it has but the layers of the vocabulary, which may be another one"
+    )
     max_epochs: int = of_training(75, kind=COUNT)
     warmup_epochs: float = of_training(5.0, "of rising rate", kind=NON_NEGATIVE)
     ctc_first_epochs: int = of_training(
@@ -157,6 +163,11 @@ class ScoringOptions:
     output_dir: str | None = option(
         None,
         "folder of hypotheses and summary (default: beside the checkpoint, if there is one)",
+        scripts=("eval",),
+    )
+    resume: bool = option(
+        False,
+        "go on with the hypotheses that a scoring which was cut short has left",
         scripts=("eval",),
     )
 

@@ -1,5 +1,6 @@
 """The options of a run: completed, kept in its folder, and read back to score its checkpoints."""
 
+import hashlib
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,7 +16,10 @@ from espnet.option_tree import changed, flag, from_flat, names, to_flat
 from espnet.utils.options import Options, train_parser
 
 CHECKPOINTS = ("vision_encoder_name", "audio_encoder_name", "decoder_name")
-PATHS = (*CHECKPOINTS, "sp_model_path", "dict_path")
+VOCABULARY_PATHS = ("sp_model_path", "dict_path")
+PATHS = (*CHECKPOINTS, *VOCABULARY_PATHS)
+DECIDING = {"test_file", "crop_size", "noise_file", "seed"}  # of the data, what is decoded
+BLOCK = 1 << 22  # bytes of a checkpoint that are read at once
 FIXED = {"optimizer"}  # for a whole training
 # What says nothing of the training that is resumed.
 MAY_DIFFER = {
@@ -37,6 +41,7 @@ def parse_eval_args(
         modality to score.
     """
     inherited = names(ModelOptions) | names(SearchOptions) | names(DataOptions) | {"normalize"}
+    inherited -= {"skip_bad_clips"}  # That of a training says nothing of a test list.
     given = parser.parse_args(argv)
     try:
         config = load_config(given.pretrained_model_path) if given.pretrained_model_path else {}
@@ -44,9 +49,12 @@ def parse_eval_args(
         parser.error(str(error))
     run = {name: value for name, value in config.items() if name in inherited and value is not None}
     for name in run.keys() & set(PATHS):  # Those of an exported model are relative to its folder.
-        beside = Path(given.pretrained_model_path).parent / run[name]
-        if beside.exists():
-            run[name] = str(beside.resolve())
+        folder = Path(given.pretrained_model_path).parent
+        found = folder / run[name]
+        if name in VOCABULARY_PATHS and (folder / found.name).exists():
+            found = folder / found.name  # The run's own copy: the other may have been made anew.
+        if found.exists():
+            run[name] = str(found.resolve())
     if config and "whisper_margin" not in config and not config.get("whisper_pad_30s"):
         run["whisper_margin"] = 0.0  # The run is older than the option.
     if given.whisper_pad_30s or given.whisper_margin is not None:
@@ -110,6 +118,20 @@ def find_vocabulary(options: Options, parser: ArgumentParser) -> Options:
         dict_path=data.dict_path or beside,
     )
     return replace(options, data=data)
+
+
+def decoding_settings(options: Options) -> dict[str, Any]:
+    """What the hypotheses of a checkpoint depend on, beside the noise and the streams."""
+    deciding = names(ModelOptions) | names(SearchOptions) | DECIDING
+    settings = {name: value for name, value in to_flat(options).items() if name in deciding}
+    checkpoint = options.training.pretrained_model_path
+    if checkpoint:
+        digest = hashlib.sha256()
+        with open(checkpoint, "rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+        settings["checkpoint"] = digest.hexdigest()[:16]
+    return settings
 
 
 def save_config(values: Mapping[str, Any], path: Path, versions: Mapping[str, str]) -> None:

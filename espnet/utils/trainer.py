@@ -141,3 +141,5 @@ def set_up_logging(*, debug: bool) -> None:
     # Two workers are right for two cores, whatever the number of cores that Lightning sees.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    # A scoring that is resumed may have nothing left to decode.
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")

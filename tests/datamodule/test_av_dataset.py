@@ -9,6 +9,7 @@ import torch
 from media_files import make_picture, make_speech, write_flash_and_click, write_sound_track
 
 from datamodule.av_dataset import AVDataset
+from datamodule.bad_clip import BadClip
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError, read_audio, read_video, write_audio, write_video
 from datamodule.noise import BabbleNoise
@@ -87,6 +88,20 @@ def test_text_without_tokens(make_dataset, corpus):
     dataset = make_dataset("odd.csv", text_transform=Letters())
     with pytest.raises(ValueError, match=r"odd.csv, line 1: the text '!\?' gives no token"):
         dataset[0]
+    skipping = make_dataset("odd.csv", text_transform=Letters(), skip_bad_clips=True)
+    assert skipping[0].cause.startswith("the text '!?' gives no token")
+    decoding = make_dataset("odd.csv", text_transform=Letters(), needs_target=False)
+    assert "target" not in decoding[0]
+
+
+def test_unfit_texts_are_found_without_reading_clips(make_dataset, corpus):
+    rows = ["none/0.mp4,20,ab", "none/1.mp4,20,...", "none/2.mp4,8,abcdefgh", "none/3.mp4,9,abcde"]
+    corpus.write_list("odd.csv", [f"set,{row}" for row in rows])
+    dataset = make_dataset("odd.csv", text_transform=Letters())
+    assert [(clip.index, clip.where[-6:]) for clip in dataset.unfit_texts(None)] == [(1, "line 2")]
+    found = list(dataset.unfit_texts(lambda frames: frames // 2))
+    assert [clip.index for clip in found] == [1, 2, 3]
+    assert "the text has 8 tokens, expected at most 4" in str(found[1])
 
 
 def test_sound_track_of_the_video(make_dataset, corpus):
@@ -139,7 +154,8 @@ def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, numb
     message = rf"1.mp4: it has 24 frames at 25 a second, expected about {number}, .*one.csv, line 1"
     with pytest.raises(MediaError, match=message):
         make_dataset(file, streams=streams)[0]
-    assert make_dataset(file, streams=streams, skip_bad_clips=True)[0] is None
+    skipped = make_dataset(file, streams=streams, skip_bad_clips=True)[0]
+    assert isinstance(skipped, BadClip)
     assert "it has 24 frames" in caplog.text
 
 
@@ -150,7 +166,7 @@ def test_silent_clips(make_dataset, corpus, streams, level, offset):
     write_audio(corpus.root / "set" / "clips" / "1.wav", samples)
     with pytest.raises(MediaError, match="1.mp4: its sound is silent, expected speech"):
         make_dataset(streams=streams)[1]
-    assert make_dataset(streams=streams, skip_bad_clips=True)[1] is None
+    assert isinstance(make_dataset(streams=streams, skip_bad_clips=True)[1], BadClip)
     assert make_dataset(streams=("video",))[1] is not None
     write_audio(corpus.root / "set" / "clips" / "1.wav", make_speech(640 * 24) * 0.01)
     assert make_dataset(streams=streams)[1] is not None
@@ -233,21 +249,25 @@ def test_bad_clips(make_dataset, corpus, caplog):
     with pytest.raises(MediaError, match=r"1.mp4: no such file"):
         make_dataset()[1]
     with caplog.at_level(logging.WARNING):
-        assert make_dataset(skip_bad_clips=True)[1] is None
+        clip = make_dataset(skip_bad_clips=True)[1]
+    assert clip == BadClip(1, str(path), "no such file")
     assert caplog.messages == [f"skipped a bad clip: {path}: no such file"]
     assert make_dataset(streams=("audio",))[1] is not None
 
 
 def test_frames_smaller_than_the_crop(make_dataset, corpus):
-    write_video(corpus.root / "set" / "clips" / "0.mp4", make_picture(20, size=16))
+    path = corpus.root / "set" / "clips" / "0.mp4"
+    write_video(path, make_picture(20, size=16))
     with pytest.raises(ValueError, match=r"0.mp4: got frames of 16x16 pixels"):
-        make_dataset(skip_bad_clips=True)[0]
+        make_dataset()[0]
+    clip = make_dataset(skip_bad_clips=True)[0]
+    assert (clip.where, clip.cause[:26]) == (str(path), "got frames of 16x16 pixels")
 
 
 def test_frames_of_a_whole_face(make_dataset, corpus):
     write_video(corpus.root / "set" / "clips" / "0.mp4", make_picture(20, size=240))
     with pytest.raises(ValueError, match=r"0.mp4: got frames of 240x240 pixels, .* mouth crops"):
-        make_dataset(skip_bad_clips=True)[0]
+        make_dataset()[0]
 
 
 def test_no_stream(make_dataset):

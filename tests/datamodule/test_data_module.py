@@ -5,6 +5,7 @@ import multiprocessing
 import types
 import warnings
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -275,9 +276,36 @@ def test_bad_clips(make, corpus, num_workers):
     batches = list(data.train_dataloader())
     assert sorted(indices_of(batches)) == [0, 1, 3, 4]
     assert sum(batch["num_bad_clips"] for batch in batches) == 1
-    for loader in (data.val_dataloader(), data.test_dataloader()):
-        with pytest.raises(MediaError, match=r"2.mp4: the file is empty$"):
-            list(loader)
+    batches = list(data.val_dataloader())
+    assert sorted(indices_of(batches)) == [0, 1, 3, 4]
+    (clip,) = sum((batch.get("bad_clips", []) for batch in batches), [])
+    assert (clip.index, clip.cause) == (2, "the file is empty")
+    with pytest.raises(MediaError, match=r"2.mp4: the file is empty$"):
+        list(data.test_dataloader())
+
+
+def test_batches_to_decode_name_bad_clips(make, corpus):
+    (corpus.root / "set" / "clips" / "2.mp4").write_bytes(b"")
+    data = make()
+    data.setup("test")
+    batches = list(data.test_dataloader(indices=np.array([1, 2, 4]), to_decode=True))
+    assert sorted(indices_of(batches)) == [1, 4]
+    assert [clip.index for batch in batches for clip in batch.get("bad_clips", [])] == [2]
+    assert not any("targets" in batch for batch in batches)
+
+
+def test_texts_are_checked_at_setup(make, corpus, caplog):
+    rows = [f"set,clips/{i}.mp4,{20 + 4 * i},{text}" for i, text in enumerate(["a", "b " * 9, "c"])]
+    corpus.write_list("long.csv", rows)
+    given = {"train_file": "long.csv", "val_file": "long.csv", "most_tokens": lambda _: 8}
+    with pytest.raises(MediaError, match=r"long.csv, line 2: the text has \d+ tokens, .* most 8"):
+        make(**given).setup("fit")
+    data = make(**given, skip_bad_clips=True)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert "left out 1 clip: 1 as" in caplog.text
+    assert sorted(indices_of(data.train_dataloader())) == [0, 2]
+    assert sorted(indices_of(data.val_dataloader())) == [0, 2]
 
 
 def test_spawned_workers_give_the_same_batches(make):

@@ -4,15 +4,16 @@ import hashlib
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
 
-from datamodule import demo_speech
+from datamodule import demo_corpus, demo_speech
 from datamodule.demo_contact_sheet import write_contact_sheet
-from datamodule.demo_corpus import main, make_demo_corpus
+from datamodule.demo_corpus import main, make_demo_corpus, make_demo_corpus_of_job
 from datamodule.demo_mouth import FRAME_SIZE, draw_face, render
 from datamodule.demo_plan import ACCENTS, GRAMMAR, VARIANTS, draw_speakers, spoken_text
 from datamodule.demo_speaker import make_clips
@@ -274,3 +275,55 @@ def test_description_names_the_speakers(corpus):
     assert description["seed"] == 3
     assert description["sentences"] == {"train": 8, "val": 2, "test": 4}
     assert [s["split"] for s in description["speakers"]] == ["train", "train", "val", "test"]
+
+
+def start_waiting(root, monkeypatch):
+    """A process of a job that is not the first, in a thread; returns it and its errors."""
+    soon = threading.Event()
+    monkeypatch.setattr(demo_corpus.time, "sleep", lambda _: soon.wait(0.01))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    errors = []
+
+    def wait():
+        try:
+            make_demo_corpus_of_job(str(root))
+        except ValueError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread, errors
+
+
+def test_if_the_first_process_fails_the_others_do(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    (root / "labels").mkdir(parents=True)
+    thread, errors = start_waiting(root, monkeypatch)
+    thread.join(0.2)
+    assert thread.is_alive()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="already has a folder labels"):
+        make_demo_corpus_of_job(str(root))
+    thread.join(10)
+    assert not thread.is_alive()
+    assert "the first process could not make the demo corpus: " in errors[0]
+    assert "already has a folder labels" in errors[0]
+    # The note of an earlier job does not stop the next one.
+    thread, errors = start_waiting(root, monkeypatch)
+    thread.join(0.2)
+    assert thread.is_alive()
+    (root / demo_corpus.DESCRIPTION_FILE).write_text("{}")
+    thread.join(10)
+    assert "holds another demo corpus" in errors[0]
+
+
+def test_nobody_waits_for_ever_for_a_first_process_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_corpus, "PATIENCE_S", 0.5)
+    thread, errors = start_waiting(tmp_path, monkeypatch)
+    for number in range(4):  # As long as files come, it waits.
+        thread.join(0.3)
+        assert thread.is_alive()
+        (tmp_path / f"{number}.mp4").touch()
+    thread.join(10)
+    assert "no file has come to" in errors[0]

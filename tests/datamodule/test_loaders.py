@@ -1,6 +1,7 @@
 """Tests of datamodule/loaders.py."""
 
 import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -157,6 +158,21 @@ def test_workers_outlive_signals_unless_they_come_from_their_parent():
     worker.terminate()
     worker.join(5)
     assert worker.exitcode == 0
+
+
+def test_workers_do_without_what_macos_lacks(monkeypatch):
+    """Blocked signals that nobody waits for would leave workers that cannot be ended."""
+    monkeypatch.delattr(signal, "sigwaitinfo")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    loaders._prepare_worker(0)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    loader = ClipLoader(Clips(), batch_sampler=sampler(), num_workers=1)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(5)
+    assert not worker.is_alive()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems start processes otherwise")

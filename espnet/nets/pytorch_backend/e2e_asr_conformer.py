@@ -199,6 +199,7 @@ class E2E(FreezableModule):
     Attributes:
         options: Resolved.
         ctc_alone: Whether training leaves out the decoder's loss for now.
+        vocabulary: Fingerprint of its tokens, which checkpoints keep; None if they are not known.
 
     Raises:
         ValueError: If options contradict each other or do not fit the vocabulary, a checkpoint
@@ -211,6 +212,7 @@ class E2E(FreezableModule):
         encoders, decoder, adaptation = options.encoders, options.decoder, options.adaptation
         in_4_bits = adaptation.qlora_parts if adaptation.use_qlora else ()
         self.odim, self.sos, self.eos = vocabulary.odim, vocabulary.sos, vocabulary.eos
+        self.vocabulary = vocabulary.fingerprint
         self.streams = encoders.streams
         self.fused_streams = ("audio",) if decoder.whisper_gated_video else self.streams
         self.ctc_weight = options.ctc_weight

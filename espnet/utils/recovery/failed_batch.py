@@ -114,6 +114,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def memory_problem(error: BaseException, options: Options) -> str | None:
+    """Says in a line what to do about lack of memory that no training step met; None: no lack."""
+    if not is_out_of_memory(error):
+        return None
+    return (
+        "out of memory outside of training: choose a smaller model, put pretrained parts into "
+        "4 bits with --use-qlora, or lower --decode-max-frames (now "
+        f"{options.data.decode_max_frames}) or --beam-size if it was the scoring"
+    )
+
+
 def is_of_other_process(error: BaseException) -> bool:
     """Whether an error only says that another process is not there any more."""
     return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_MESSAGES)

@@ -1,6 +1,7 @@
 """A trial of the largest batches, so that a run which is out of memory is so at once."""
 
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -99,4 +100,5 @@ def _peak_bytes(device: torch.device) -> float:
     """Most memory that was taken: of the GPU by tensors, or of the machine by this process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # kilobytes
+    unit = 1.0 if sys.platform == "darwin" else 1024.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

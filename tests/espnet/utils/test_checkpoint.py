@@ -145,6 +145,64 @@ def test_transfer_of_parts(tmp_path):
     assert same(model.encoder, source.encoder)
 
 
+def entries(table):
+    """The numbers of a table by part: taken, and of how many."""
+    rows = (line.split() for line in table.splitlines()[1:])
+    return {part: (int(taken), int(of)) for part, taken, _, of, _ in rows}
+
+
+def taken_parts(model, source):
+    own, other = model.state_dict(), source.state_dict()
+    names = {name.split(".")[0] for name in own}
+    return {
+        part
+        for part in names
+        if all(torch.equal(v, other[n]) for n, v in own.items() if n.split(".")[0] == part)
+    }
+
+
+def test_no_random_layer_stays_between_front_end_and_encoder(tmp_path):
+    more = {"modality_dropout": (0.2, 0.2)}
+    source = randomise(make("audiovisual", odim=9, **more), 0)
+    torch.save(source.state_dict(), tmp_path / "nine.pth")
+    model = randomise(make("audiovisual", **more), 1)
+    table = transfer_weights(model, tmp_path / "nine.pth", frontend=True, encoder=True)
+    between = {"proj_encoder", "missing_video", "missing_audio"}
+    assert taken_parts(model, source) == {"video_frontend", "audio_frontend", "encoder", *between}
+    counts = entries(table)
+    assert counts["proj_encoder"] == (2, 2)
+    assert counts["encoder"] == (len(source.encoder.state_dict()),) * 2
+    assert counts["decoder"] == (0, len(model.decoder.state_dict()))
+    assert sum(of for _, of in counts.values()) == len(model.state_dict())
+
+
+def test_a_projection_that_does_not_fit_stays(tmp_path):
+    source = randomise(make("audio"), 0)
+    torch.save(source.state_dict(), tmp_path / "audio.pth")
+    model = make("audiovisual")
+    before = model.proj_encoder.weight.clone()
+    table = transfer_weights(model, tmp_path / "audio.pth", frontend=True, encoder=True)
+    assert torch.equal(model.proj_encoder.weight, before)
+    assert entries(table)["proj_encoder"] == (0, 2)
+    assert entries(table)["video_frontend"][0] == 0
+
+
+def test_transfer_of_all_but_the_vocabulary(tmp_path):
+    source = randomise(make(odim=9), 0)
+    torch.save(source.state_dict(), tmp_path / "nine.pth")
+    model = randomise(make(), 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    table = transfer_weights(model, tmp_path / "nine.pth", everything=True)
+    of_vocabulary = {name for name, value in before.items() if 7 in value.shape}
+    assert len(of_vocabulary) == 5
+    for name, value in model.state_dict().items():
+        expected = before if name in of_vocabulary else source.state_dict()
+        assert torch.equal(value, expected[name]), name
+    counts = entries(table)
+    assert counts["ctc"] == (0, 2)
+    assert sum(taken for taken, _ in counts.values()) == len(before) - 5
+
+
 def test_transfer_of_a_word_classifiers_frontend(tmp_path):
     """Bare names under `model_state_dict`, with a classifier that is left out."""
     source = randomise(make("video"), 0)
