@@ -115,7 +115,7 @@ def run(options: Options, watch: Stopwatch) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         with whole_file(run_dir / "config.yaml") as unfinished:
-            config = {**to_flat(options), "resumed": resumed}
+            config = {**to_flat(options), "resumed": resumed, "label_lists": data.contents}
             save_config(config, unfinished, package_versions())
         for name, (before, now) in (resumed[-1]["changed"] if resumed else {}).items():
             print(f"Resuming with {flag(name)} {now}, {before} before")

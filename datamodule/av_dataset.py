@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from datamodule.label_format import holds_ids
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError
 from datamodule.sources import FileSource, Source
@@ -26,6 +27,10 @@ MAX_DRIFT = AUDIO_RATE // 5  # samples by which audio and video may differ in le
 
 class Vocabulary(Protocol):
     """What translates between text and token ids."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
 
     @property
     def odim(self) -> int:
@@ -50,13 +55,15 @@ class AVDataset(Dataset):
 
     Raises:
         ValueError: Both streams are left out.
-        ValueError: A token id of the list is outside its vocabulary.
+        ValueError: A token id of the list is outside its vocabulary, or not one.
+        ValueError: The list holds numbers that may be token ids or transcripts.
     """
 
     labels: LabelList
     text_transform: Vocabulary  # the model's
     # Of a list that holds token ids which are not the model's: they become text, the text new ids.
     id_text_transform: Vocabulary | None = None
+    label_format: str = "auto"  # what the last fields hold: `ids`, `text`, or what they look like
     video_transform: VideoTransform | None = None  # None leaves the video out
     audio_transform: AudioTransform | None = None  # None leaves the audio out
     training: bool = False  # whether the random transforms differ from epoch to epoch
@@ -65,12 +72,12 @@ class AVDataset(Dataset):
     too_long: str = "raise --max-frames or remove it"  # what to do with a longer one
     skip_bad_clips: bool = False  # whether a clip that cannot be read is logged and gives None
     source: Source = field(default_factory=FileSource)
+    holds_ids: bool = field(init=False)  # whether the list holds token ids; plain text if not
 
     def __post_init__(self) -> None:
         if self.video_transform is None and self.audio_transform is None:
             raise ValueError("got no video_transform and no audio_transform, expected one or both")
-        if self.labels.holds_ids:
-            self.labels.check_token_ids(self._id_vocabulary.odim - 2)
+        self.holds_ids = holds_ids(self.labels, self.label_format, self._id_vocabulary)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -103,7 +110,7 @@ class AVDataset(Dataset):
 
     def text(self, index: int) -> str:
         """Return the reference text; token ids are turned back into text."""
-        if self.labels.holds_ids:
+        if self.holds_ids:
             return self._id_vocabulary.post_process(self.labels.token_ids(index))
         return self.labels.text(index)
 
@@ -117,7 +124,7 @@ class AVDataset(Dataset):
         Raises:
             ValueError: The text gives no token.
         """
-        if self.labels.holds_ids and self.id_text_transform is None:
+        if self.holds_ids and self.id_text_transform is None:
             return torch.tensor(self.labels.token_ids(index), dtype=torch.int64)
         target = self.text_transform.tokenize(self.text(index))
         if len(target) == 0:

@@ -76,6 +76,7 @@ class DataModule(pl.LightningDataModule):
         self.train_dataset: AVDataset | None = None
         self.val_dataset: AVDataset | None = None
         self.test_datasets: dict[float, AVDataset] = {}  # by SNR
+        self.contents: dict[str, str] = {}  # what each list holds
         self._labels: dict[str, LabelList] = {}
         self._noise: NoiseSource | None = None
         self._source = build_source(options)
@@ -171,11 +172,10 @@ class DataModule(pl.LightningDataModule):
         if not file:
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
-        if labels.holds_ids and not self.takes_ids and self.id_text_transform is None:
-            raise ValueError(
-                f"{file} holds token ids, which are not those of the pretrained decoder: give "
-                "their SentencePiece model (--sp-model-path), or a list with plain text"
-            )
+        label_format = self.options.label_format
+        if not self.takes_ids and self.id_text_transform is None and label_format != "text":
+            self._refuse_ids(file, labels)
+            label_format = "text"
         self._check_lengths(labels, may_skip=training and self.options.skip_bad_clips)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
         video_transform = VideoTransform(subset=subset, crop_size=self.options.crop_size)
@@ -184,6 +184,7 @@ class DataModule(pl.LightningDataModule):
             source=self._source,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
+            label_format=label_format,
             video_transform=video_transform if with_video else None,
             audio_transform=self._audio_transform(subset, snr_target) if with_audio else None,
             training=training,
@@ -192,9 +193,27 @@ class DataModule(pl.LightningDataModule):
             too_long=self.too_long,
             skip_bad_clips=training and self.options.skip_bad_clips,
         )
+        self._tell_contents(file, dataset)
         if not dataset.skip_bad_clips:
             self._source.check(labels, with_video=with_video)
         return dataset
+
+    def _refuse_ids(self, file: str, labels: LabelList) -> None:
+        """Refuse token ids where nothing knows their vocabulary."""
+        if self.options.label_format == "ids" or not labels.is_text.any():
+            raise ValueError(
+                f"{file} holds token ids, which are not those of the pretrained decoder: give "
+                "their SentencePiece model (--sp-model-path), or a list with plain text (if it has "
+                "transcripts in digits, --label-format text)"
+            )
+
+    def _tell_contents(self, file: str, dataset: AVDataset) -> None:
+        """Say what a list holds, when it is first used."""
+        if file in self.contents:
+            return
+        vocabulary = self.id_text_transform or self.text_transform
+        self.contents[file] = f"token ids of {vocabulary.name}" if dataset.holds_ids else "text"
+        log.info("%s: %s", file, self.contents[file])
 
     def _audio_transform(self, subset: str, snr_target: float | None) -> AudioTransform:
         noisy = subset == "train" or needs_noise(snr_target)

@@ -44,6 +44,7 @@ class PretrainedTextTransform:
         text_case: `keep`, or `lower` for text that is put in lower case first.
 
     Attributes:
+        name: What messages call it.
         token_list: All tokens as the tokenizer writes them, `<blank>` first; the index is the id.
         prompt: As above, not shifted.
         special_tokens: Ids of the tokenizer that are no text, unused rows among them and `eos` not:
@@ -53,6 +54,8 @@ class PretrainedTextTransform:
         ValueError: The case is unknown.
         ValueError: The prompt is empty, or it, `eos` or a token of text has no row.
     """
+
+    name = "the decoder's own vocabulary"
 
     def __init__(
         self,

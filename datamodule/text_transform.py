@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -23,6 +24,7 @@ class TextTransform:
             takes `<unk>` and the pieces in the order of the SentencePiece model.
 
     Attributes:
+        name: Folder and name of the SentencePiece model, for messages.
         token_list: All tokens, `<blank>` and `<eos>` included; the index is the id.
         prompt: Empty: nothing but `sos` comes before a text.
         special_tokens: Empty.
@@ -38,6 +40,7 @@ class TextTransform:
 
     def __init__(self, *, sp_model_path: str, dict_path: str | None = None) -> None:
         self._processor = _load_processor(sp_model_path)
+        self.name = "/".join(Path(sp_model_path).resolve().with_suffix("").parts[-2:])
         units = output_pieces(self._processor) if dict_path is None else _read_units(dict_path)
         self.token_list = [BLANK, *units, END]
         self._ids = {piece: index for index, piece in enumerate(units, start=1)}

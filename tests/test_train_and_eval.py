@@ -71,6 +71,8 @@ def test_config_holds_every_option_and_the_versions(run_dir):
     release, theirs = (v.split("+")[0] for v in (config["versions"]["torch"], torch.__version__))
     assert release == theirs
     assert set(vars(train.train_parser().parse_args([]))) <= set(config)
+    lists = {name: "token ids of spm/unigram" for name in ("train.csv", "val.csv", "test.csv")}
+    assert config["label_lists"] == lists
 
 
 def test_metrics_have_a_row_an_epoch(run_dir):

@@ -74,7 +74,7 @@ def test_lists_name_the_files_that_are_made(tmp_path, monkeypatch):
     data.write_files(str(tmp_path), 50)
     labels = LabelList(str(tmp_path), "train.csv")
     assert len(labels) == 50
-    assert labels.holds_ids
+    assert not labels.is_text.any()
     assert all(len(labels.token_ids(row)) == data.TOKENS_PER_ROW for row in range(50))
     named = [labels.path(row) for row in range(50)]
     assert sorted(named) == sorted(map(str, (tmp_path / "set").rglob("*.mp4")))

@@ -4,6 +4,8 @@ import logging
 import multiprocessing
 import types
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -273,6 +275,33 @@ def test_spawned_workers_give_the_same_batches(make):
         assert all(torch.equal(batch[name], other[name]) for name in ("videos", "audios"))
 
 
+def test_what_a_list_holds_is_told_once(make, caplog, sp_model_path):
+    caplog.set_level(logging.INFO)
+    data = make(snr_targets=(0.0, 999999))
+    data.setup()
+    folder = Path(sp_model_path).parent.name
+    expected = {"ids.csv": f"token ids of {folder}/bpe", "text.csv": "text"}
+    assert data.contents == expected
+    told = [record.message for record in caplog.records if ".csv: " in record.message]
+    assert told == [f"{file}: {what}" for file, what in expected.items()]
+
+
+@pytest.mark.parametrize("label_format", ["auto", "ids", "text"])
+def test_digits_are_what_the_option_says(make, corpus, label_format):
+    rows = [f"set,clips/{index}.mp4,20,2 3 8" for index in range(2)]
+    data = make(train_file=corpus.write_list("digits.csv", rows), label_format=label_format)
+    if label_format == "auto":
+        with pytest.raises(ValueError, match=r"digits.csv, line 1: .* give --label-format"):
+            data.setup("fit")
+    elif label_format == "ids":
+        data.setup("fit")
+        assert data.train_dataset.target(0).tolist() == [2, 3, 8]
+    else:
+        data.options = replace(data.options, val_file=None)
+        data.setup("fit")
+        assert data.train_dataset.text(0) == "2 3 8"
+
+
 @pytest.mark.parametrize("streams", [(), ("lidar",)])
 def test_unknown_streams(make, streams):
     with pytest.raises(ValueError, match=r"expected some of \('video', 'audio'\)"):
@@ -287,7 +316,7 @@ def folders(corpus):
         path = corpus.root / "set" / f"{row % 2}" / f"{row}.mp4"
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        rows.append(f"set,{row % 2}/{row}.mp4,20,1")
+        rows.append(f"set,{row % 2}/{row}.mp4,20,bin")
     corpus.write_list("folders.csv", rows)
     return corpus.root / "set"
 
