@@ -36,8 +36,8 @@ class Vocabulary(Protocol):
     def odim(self) -> int:
         """Size of the vocabulary; ids of text lie within 1 and odim - 2."""
 
-    def in_case(self, text: str) -> str:
-        """Put text in the case that the model writes."""
+    def normalize(self, text: str) -> str:
+        """Write text as the model writes it: in its case, with its forms of characters."""
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,)."""
@@ -115,8 +115,8 @@ class AVDataset(Dataset):
         return self.labels.text(index)
 
     def reference(self, index: int) -> str:
-        """Return the reference text in the case that the model writes."""
-        return self.text_transform.in_case(self.text(index))
+        """Return the reference text as the model would write it."""
+        return self.text_transform.normalize(self.text(index))
 
     def target(self, index: int) -> torch.Tensor:
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).

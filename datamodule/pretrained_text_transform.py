@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,16 +106,19 @@ class PretrainedTextTransform:
         """Id that ends a decoder's output."""
         return self._eos + 1
 
-    def in_case(self, text: str) -> str:
-        """The text in the case that the model writes."""
-        return text.lower() if self._lower else text
+    def normalize(self, text: str) -> str:
+        """The text as the model writes it: in its case, and in the form of its characters."""
+        text = self._in_case(text)
+        written = self.post_process(self.tokenize(text))
+        # What the tokenizer cannot write stays, and counts as an error.
+        return written if _in_one_form(written) == _in_one_form(text) else text
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,), without special tokens; white space around it is cut off.
 
         Text that looks like a special token is spelled like any other.
         """
-        text = self.in_case(text.strip())
+        text = self._in_case(text.strip())
         if not text:
             return torch.empty(0, dtype=torch.int64)
         return torch.tensor(_encode(self._tokenizer, self._before + text), dtype=torch.int64) + 1
@@ -126,6 +130,9 @@ class PretrainedTextTransform:
         if not kept:
             return ""
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+    def _in_case(self, text: str) -> str:
+        return text.lower() if self._lower else text
 
 
 def llama_text_transform(
@@ -280,6 +287,11 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     added = tokenizer.added_tokens_decoder.items()
     control = {index for index, token in added if token.special or CONTROL.fullmatch(token.content)}
     return control | set(tokenizer.all_special_ids)
+
+
+def _in_one_form(text: str) -> str:
+    """A text without the differences that there may be between forms of the same characters."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

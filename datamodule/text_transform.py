@@ -60,9 +60,9 @@ class TextTransform:
         """Id that ends a decoder's output."""
         return self.odim - 1
 
-    def in_case(self, text: str) -> str:
-        """The text as the model writes it: unchanged."""
-        return text
+    def normalize(self, text: str) -> str:
+        """The text as the model writes it: SentencePiece's normalisation, which is NFKC mostly."""
+        return self._processor.normalize(text).replace(WORD_BOUNDARY, " ").strip()
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,); pieces that are not in the vocabulary become `<unk>`."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from espnet.formats import CLEAN_SNR, VIDEO_RATE
 from espnet.utils.text_normalization import normalizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,11 +141,25 @@ def evaluate(
         if trainer.is_global_zero:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataset = data[condition.modality].test_datasets[condition.snr]
+            if number == 0:
+                warn_of_changes(dataset, [result.index for result in decoded])
             summaries.append(write_condition(decoded, dataset, condition, output_dir, normalize))
     if trainer.is_global_zero:
         text = json.dumps(summaries, indent=2) + "\n"
         (output_dir / "summary.json").write_text(text, encoding="utf-8")
     return summaries
+
+
+def warn_of_changes(dataset: AVDataset, indices: Sequence[int]) -> None:
+    """Logs how many references the vocabulary writes otherwise, in more than case and spaces."""
+    pairs = [(dataset.text(index), dataset.reference(index)) for index in indices]
+    changed = [(a, b) for a, b in pairs if a.lower().split() != b.lower().split()]
+    if changed:
+        before, after = (text if len(text) <= 80 else f"{text[:80]}..." for text in changed[0])
+        log.warning(
+            "%d of %d references are scored as the vocabulary writes them, the first as %r, not %r",
+            *(len(changed), len(pairs), after, before),
+        )
 
 
 def gather(decoded: list[Decoded]) -> list[Decoded]:

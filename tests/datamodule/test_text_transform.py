@@ -98,3 +98,26 @@ def test_bad_units(sp_model_path, tmp_path, text, message):
 def test_missing_units(sp_model_path, tmp_path):
     with pytest.raises(ValueError, match="cannot read the units file: No such file"):
         TextTransform(sp_model_path=sp_model_path, dict_path=str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ｂｉｎ　ｂｌｕｅ", "bin blue"),
+        ("bin\u2028 blue\u00a0at", "bin blue at"),
+        ("ﬁne ½ Äbc", "fine 1⁄2 Äbc"),
+        (" unknown: ж ", "unknown: ж"),
+        ("e\u0301", "é"),
+        ("\u200b", ""),
+    ],
+)
+def test_text_as_the_model_writes_it(text_transform, text, expected):
+    assert text_transform.normalize(text) == expected
+    assert text_transform.normalize(expected) == expected
+
+
+def test_what_a_perfect_model_writes_has_no_error(text_transform):
+    """Whatever forms the characters of a reference have."""
+    for text in ("ｂｉｎ　ｂｌｕｅ", "bin  again", "ｐｌｅａｓｅ\u3000now"):
+        hypothesis = text_transform.post_process(text_transform.tokenize(text))
+        assert text_transform.normalize(text) == hypothesis

@@ -1,7 +1,19 @@
 import pytest
 
+from datamodule.av_dataset import AVDataset
+from datamodule.label_list import LabelList
+from datamodule.text_transform import TextTransform
+from datamodule.train_tokenizer import train_tokenizer
+from datamodule.transforms import AudioTransform
 from espnet.formats import CLEAN_SNR
-from espnet.utils.evaluation import Condition, all_conditions, count_errors
+from espnet.utils.evaluation import (
+    Condition,
+    Decoded,
+    all_conditions,
+    count_errors,
+    warn_of_changes,
+    write_condition,
+)
 from espnet.utils.report import plot_learning_curve, plot_wer, wer_table
 
 
@@ -28,6 +40,46 @@ def test_errors_are_summed_over_utterances_not_averaged():
     expected = sum(edits(r, h.lower()) for r, h in zip(references, hypotheses, strict=True))
     assert characters.reference == sum(map(len, references))
     assert characters.rate == pytest.approx(expected / characters.reference)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """What is made of a list of texts, if the model writes what its vocabulary gives for them."""
+
+    def score(texts, hypotheses=None, **kwargs):
+        sentences = ["bin blue at f two now", "lay red with p nine soon", "çé"] * 5
+        train_tokenizer(sentences, tmp_path / "unigram", vocab_size=27)
+        vocabulary = TextTransform(sp_model_path=f"{tmp_path}/unigram.model")
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        rows = [f"set,{number}.mp4,25,{text}\n" for number, text in enumerate(texts)]
+        (tmp_path / "labels" / "test.csv").write_text("".join(rows), encoding="utf-8")
+        labels = LabelList(str(tmp_path), "test.csv")
+        transform = AudioTransform(subset="test", normalize=False)
+        dataset = AVDataset(labels=labels, text_transform=vocabulary, audio_transform=transform)
+        if hypotheses is None:
+            hypotheses = [vocabulary.post_process(vocabulary.tokenize(text)) for text in texts]
+        decoded = [Decoded(row, text, -1.0, 0.1) for row, text in enumerate(hypotheses)]
+        warn_of_changes(dataset, list(range(len(texts))))
+        return write_condition(decoded, dataset, Condition("audio"), tmp_path, **kwargs)
+
+    return score
+
+
+def test_a_perfect_model_has_no_errors_whatever_the_form_of_the_references(scored, caplog):
+    texts = ["ｂｉｎ　ｂｌｕｅ　ａｔ", "lay red", "c\u0327e\u0301"]
+    summary = scored(texts)
+    assert (summary["wer"], summary["cer"]) == (0.0, 0.0)
+    (record,) = caplog.records
+    assert record.message == (
+        "2 of 3 references are scored as the vocabulary writes them, the first as 'bin blue at', "
+        "not 'ｂｉｎ\\u3000ｂｌｕｅ\\u3000ａｔ'"
+    )
+
+
+def test_what_the_vocabulary_cannot_write_counts_as_errors(scored, caplog):
+    summary = scored(["bin ж", "lay red"], ["bin", "lay red"])
+    assert (summary["words"]["deletions"], summary["words"]["reference"]) == (1, 4)
+    assert not caplog.records
 
 
 def test_conditions_have_names_for_files():
