@@ -17,6 +17,7 @@ from datamodule.label_format import holds_ids
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError
 from datamodule.sources import FileSource, Source
+from datamodule.text_transform import UNKNOWN
 from datamodule.transforms import AudioTransform, VideoTransform
 from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE
 
@@ -33,6 +34,14 @@ class Vocabulary(Protocol):
         """What messages call it."""
 
     @property
+    def takes_text(self) -> bool:
+        """Whether it can write text; if not, it only knows ids."""
+
+    @property
+    def token_list(self) -> list[str]:
+        """All tokens; the index is the id."""
+
+    @property
     def odim(self) -> int:
         """Size of the vocabulary; ids of text lie within 1 and odim - 2."""
 
@@ -41,6 +50,9 @@ class Vocabulary(Protocol):
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,)."""
+
+    def unknown(self, text: str) -> list[str]:
+        """List the parts of a text that it cannot write."""
 
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids into text."""
@@ -117,6 +129,16 @@ class AVDataset(Dataset):
     def reference(self, index: int) -> str:
         """Return the reference text as the model would write it."""
         return self.text_transform.normalize(self.text(index))
+
+    def unknown(self, index: int) -> tuple[list[str], int]:
+        """Return the parts of a text that the model cannot write, and how many tokens it can."""
+        if self.holds_ids and self.id_text_transform is None:
+            tokens = [self.text_transform.token_list[i] for i in self.labels.token_ids(index)]
+            lost = [token for token in tokens if token == UNKNOWN]
+        else:
+            text = self.text(index)
+            lost, tokens = self.text_transform.unknown(text), self.text_transform.tokenize(text)
+        return lost, max(0, len(tokens) - len(lost))
 
     def target(self, index: int) -> torch.Tensor:
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).

@@ -16,6 +16,7 @@ from datamodule.options import DataOptions
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
 from datamodule.sources import build_source
 from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
+from datamodule.unknown_text import unknown_report
 from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
 
 log = logging.getLogger(__name__)
@@ -208,12 +209,18 @@ class DataModule(pl.LightningDataModule):
             )
 
     def _tell_contents(self, file: str, dataset: AVDataset) -> None:
-        """Say what a list holds, when it is first used."""
+        """Say what a list holds, when it is first used, and what of it is unknown.
+
+        Raises:
+            ValueError: Too much of it is.
+        """
         if file in self.contents:
             return
         vocabulary = self.id_text_transform or self.text_transform
         self.contents[file] = f"token ids of {vocabulary.name}" if dataset.holds_ids else "text"
         log.info("%s: %s", file, self.contents[file])
+        if report := unknown_report(dataset):
+            log.warning(report)
 
     def _audio_transform(self, subset: str, snr_target: float | None) -> AudioTransform:
         noisy = subset == "train" or needs_noise(snr_target)

@@ -70,6 +70,8 @@ def _expect_numbers(labels: LabelList, words: np.ndarray) -> None:
 
 def _are_ids(labels: LabelList, numbers: np.ndarray, vocabulary: Vocabulary) -> bool:
     """Whether the rows `numbers` hold ids of the vocabulary beyond doubt."""
+    if not vocabulary.takes_text:
+        return True
     sample = numbers[np.linspace(0, len(numbers) - 1, min(SAMPLE, len(numbers)), dtype=np.int64)]
     texts = {" ".join(labels.text(index).split()) for index in sample}
     rows = [text.split() for text in texts]

@@ -46,6 +46,7 @@ class PretrainedTextTransform:
 
     Attributes:
         name: What messages call it.
+        takes_text: True: it does not only know ids.
         token_list: All tokens as the tokenizer writes them, `<blank>` first; the index is the id.
         prompt: As above, not shifted.
         special_tokens: Ids of the tokenizer that are no text, unused rows among them and `eos` not:
@@ -57,6 +58,7 @@ class PretrainedTextTransform:
     """
 
     name = "the decoder's own vocabulary"
+    takes_text = True
 
     def __init__(
         self,
@@ -123,6 +125,14 @@ class PretrainedTextTransform:
             return torch.empty(0, dtype=torch.int64)
         return torch.tensor(_encode(self._tokenizer, self._before + text), dtype=torch.int64) + 1
 
+    def unknown(self, text: str) -> list[str]:
+        """List the characters of a text that are lost, or have no token of their own."""
+        text = self._in_case(text)
+        if self._is_known(text):
+            return []
+        lost = {character for character in set(text) if not self._is_known(character)}
+        return [character for character in text if character in lost]
+
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids (U,) into text; padding (-1), blanks and special tokens are left out."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
@@ -130,6 +140,13 @@ class PretrainedTextTransform:
         if not kept:
             return ""
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+    def _is_known(self, text: str) -> bool:
+        ids = self.tokenize(text)
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and bool((ids == unknown + 1).any()):
+            return False
+        return _in_one_form(self.post_process(ids)) == _in_one_form(text)
 
     def _in_case(self, text: str) -> str:
         return text.lower() if self._lower else text

@@ -70,6 +70,17 @@ class TextTransform:
         pieces = self._processor.encode(text, out_type=str)
         return torch.tensor([self._ids.get(piece, unknown) for piece in pieces], dtype=torch.int64)
 
+    def unknown(self, text: str) -> list[str]:
+        """List the parts of a text that become `<unk>`."""
+        pieces = self._processor.encode(text, out_type=str)
+        return [piece for piece in pieces if piece == UNKNOWN or piece not in self._ids]
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether text can be written at all: the units file may belong to another model."""
+        unknown = self._processor.unk_id()
+        return any(self._processor.piece_to_id(piece) != unknown for piece in self._ids)
+
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids (U,) into text; padding (-1), blanks and `<eos>` are left out."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids

@@ -2,9 +2,10 @@
 
 import logging
 import multiprocessing
+import re
 import types
 import warnings
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -297,9 +298,39 @@ def test_digits_are_what_the_option_says(make, corpus, label_format):
         data.setup("fit")
         assert data.train_dataset.target(0).tolist() == [2, 3, 8]
     else:
-        data.options = replace(data.options, val_file=None)
-        data.setup("fit")
-        assert data.train_dataset.text(0) == "2 3 8"
+        with pytest.raises(ValueError, match=r"the model's vocabulary cannot write '2'"):
+            data.setup("fit")
+
+
+@pytest.mark.parametrize("change", [str.upper, partial(re.sub, "[a-z]", "\u0440")])
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_text_of_another_vocabulary_is_refused(make, corpus, change, stage):
+    rows = [f"set,clips/{n}.mp4,20,{change(text)}" for n, text in enumerate(corpus.texts)]
+    name = corpus.write_list("other.csv", rows)
+    data = make(train_file=name, test_file=name, val_file=None)
+    message = r"other.csv, line 1: .* cannot write '.*'; \d+.\d% of .*--sp-model-path"
+    with pytest.raises(ValueError, match=message) as error:
+        data.setup(stage)
+    assert "\n" not in str(error.value)
+
+
+def test_a_few_unknown_letters_are_told(make, corpus, caplog, text_transform):
+    texts = [*corpus.texts[:4], f"{corpus.texts[4]} Q"]
+    rows = [f"set,clips/{n}.mp4,20,{text}" for n, text in enumerate(texts)]
+    make(train_file=corpus.write_list("few.csv", rows), val_file=None).setup("fit")
+    (record,) = caplog.records
+    tokens = torch.cat([text_transform.tokenize(text) for text in texts])
+    share = 100 * int((tokens == 1).sum()) / len(tokens)
+    assert (
+        f"few.csv, line 5: the model's vocabulary cannot write 'Q'; {share:.1f}%" in record.message
+    )
+
+
+def test_ids_of_unknown_letters_count_too(make, corpus):
+    rows = [f"set,clips/{n}.mp4,20,1 12 1 13" for n in range(5)]
+    name = corpus.write_list("unknown.csv", rows)
+    with pytest.raises(ValueError, match=r"cannot write '<unk>'; 50.0% of the tokens"):
+        make(train_file=name, val_file=None, label_format="ids").setup("fit")
 
 
 @pytest.mark.parametrize("streams", [(), ("lidar",)])

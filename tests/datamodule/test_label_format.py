@@ -90,3 +90,11 @@ def test_ids_of_another_vocabulary_are_refused(write, vocabularies):
     for label_format in ("auto", "ids"):
         with pytest.raises(ValueError, match=r"token id \d+ is outside .* 1 to 12; was the list"):
             holds_ids(labels, label_format, vocabularies["digits"])
+
+
+def test_numbers_are_ids_where_the_vocabulary_knows_no_text(write, tmp_path):
+    """Its units are not the pieces of the SentencePiece model."""
+    (tmp_path / "units.txt").write_text("".join(f"w{n} {n}\n" for n in (1, 2)) + "<unk> 3\n")
+    train_tokenizer(sentences(WORDS), tmp_path / "unigram", vocab_size=20)
+    paths = {"sp_model_path": f"{tmp_path}/unigram.model", "dict_path": tmp_path / "units.txt"}
+    assert holds_ids(write(["1 2 3"]), "auto", TextTransform(**paths))

@@ -465,3 +465,12 @@ def test_text_in_the_form_that_the_model_writes(tiny_checkpoints, changed):
     tokenizer.save(str(folder / "tokenizer.json"))
     # Letters that a tokenizer loses are errors of a model that cannot write them.
     assert load_llama(str(folder)).normalize("caf\u00e9") == "caf\u00e9"
+
+
+def test_what_a_tokenizer_loses_is_listed(tiny_checkpoints, changed):
+    assert load_llama(str(tiny_checkpoints / "llama")).unknown("bin Ж\u00e9 7") == []
+    folder = Path(changed("llama"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("Ж", "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_llama(str(folder)).unknown("bin Ж\u00e9Ж 7") == ["Ж", "Ж"]

@@ -121,3 +121,10 @@ def test_what_a_perfect_model_writes_has_no_error(text_transform):
     for text in ("ｂｉｎ　ｂｌｕｅ", "bin  again", "ｐｌｅａｓｅ\u3000now"):
         hypothesis = text_transform.post_process(text_transform.tokenize(text))
         assert text_transform.normalize(text) == hypothesis
+
+
+def test_what_has_no_token_is_listed(text_transform):
+    assert text_transform.unknown("bin ｂｌｕｅ at\u3000again") == []
+    assert text_transform.unknown("bin BLUE at Ж!") == ["BLUE", "Ж!"]
+    unknown = text_transform.token_list.index("<unk>")
+    assert (text_transform.tokenize("bin BLUE at Ж!") == unknown).sum() == 2
