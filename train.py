@@ -304,12 +304,15 @@ def score(
     summaries = evaluate(
         trainer, module, readers, conditions, output_dir, options.scoring.normalize
     )
-    plot = output_dir / "wer_over_snr.png"
+    files = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
+    files.append(output_dir / "summary.json")
     if trainer.is_global_zero:
-        plot_wer(summaries, snrs, plot)
-        print(format_summaries(summaries), wer_table(summaries, snrs), sep="\n\n")
-    hypotheses = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
-    return [*hypotheses, output_dir / "summary.json", plot]
+        print(format_summaries(summaries))
+        if summaries[0]["wer"] is not None:  # The list has transcripts.
+            files.append(output_dir / "wer_over_snr.png")
+            plot_wer(summaries, snrs, files[-1])
+            print("", wer_table(summaries, snrs), sep="\n")
+    return files
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -107,7 +107,8 @@ class AVDataset(Dataset):
 
         Raises:
             MediaError: The clip cannot be read, or its audio and video differ by more than 0.2 s.
-            ValueError: The clip does not fit the transforms, or its text gives no token.
+            ValueError: The clip does not fit the transforms, or its text, which is not empty, gives
+                no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         item = {"target": self.target(index), "index": index}
@@ -143,13 +144,15 @@ class AVDataset(Dataset):
     def target(self, index: int) -> torch.Tensor:
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).
 
+        An empty reference, silence, has none; nor has a list for decoding only.
+
         Raises:
-            ValueError: The text gives no token.
+            ValueError: A text that is not empty gives no token.
         """
         if self.holds_ids and self.id_text_transform is None:
             return torch.tensor(self.labels.token_ids(index), dtype=torch.int64)
         target = self.text_transform.tokenize(self.text(index))
-        if len(target) == 0:
+        if len(target) == 0 and self.text(index):
             raise ValueError(
                 f"{self.labels.where(index)}: the text {self.labels.text(index)!r} gives no token, "
                 "expected words of the model's vocabulary"

@@ -173,6 +173,11 @@ class DataModule(pl.LightningDataModule):
         if not file:
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
+        if subset != "test" and not labels.has_labels:
+            raise ValueError(
+                f"{file} has no transcripts, which {subset} lists need: add them as the last field "
+                "(only a test list may leave it out, to be decoded)"
+            )
         label_format = self.options.label_format
         if not self.takes_ids and self.id_text_transform is None and label_format != "text":
             self._refuse_ids(file, labels)
@@ -201,7 +206,7 @@ class DataModule(pl.LightningDataModule):
 
     def _refuse_ids(self, file: str, labels: LabelList) -> None:
         """Refuse token ids where nothing knows their vocabulary."""
-        if self.options.label_format == "ids" or not labels.is_text.any():
+        if self.options.label_format == "ids" or _all_numbers(labels):
             raise ValueError(
                 f"{file} holds token ids, which are not those of the pretrained decoder: give "
                 "their SentencePiece model (--sp-model-path), or a list with plain text (if it has "
@@ -217,8 +222,11 @@ class DataModule(pl.LightningDataModule):
         if file in self.contents:
             return
         vocabulary = self.id_text_transform or self.text_transform
-        self.contents[file] = f"token ids of {vocabulary.name}" if dataset.holds_ids else "text"
-        log.info("%s: %s", file, self.contents[file])
+        kind = f"token ids of {vocabulary.name}" if dataset.holds_ids else "text"
+        self.contents[file] = kind if dataset.labels.has_labels else "no transcripts"
+        empty = int(dataset.labels.is_empty.sum()) if dataset.labels.has_labels else 0
+        silence = f", {empty} of them empty (silence)" if empty else ""
+        log.info("%s: %s%s", file, self.contents[file], silence)
         if report := unknown_report(dataset):
             log.warning(report)
 
@@ -260,3 +268,8 @@ class DataModule(pl.LightningDataModule):
         if not may_skip or len(too_long) == len(labels):
             raise ValueError(message)
         log.warning("left out %d clips that are too long; the first is %s", len(too_long), message)
+
+
+def _all_numbers(labels: LabelList) -> bool:
+    """Whether last fields are token ids, or look like it."""
+    return not labels.is_text.any() and not labels.is_empty.all()

@@ -33,11 +33,11 @@ def holds_ids(labels: LabelList, label_format: str, vocabulary: Vocabulary) -> b
         ValueError: A row does not hold the ids that it should; the message names the line.
         ValueError: Numbers may be ids or transcripts.
     """
-    if label_format == "text":
+    numbers = np.flatnonzero(~labels.is_text & ~labels.is_empty)
+    if label_format == "text" or not labels.has_labels:
         return False
-    numbers = np.flatnonzero(~labels.is_text)
     words = np.flatnonzero(labels.is_text)
-    if label_format == "auto" and 2 * len(numbers) <= len(labels):
+    if label_format == "auto" and len(numbers) <= len(words):
         return False
     if label_format == "ids" or not len(words):
         _expect_numbers(labels, words)
@@ -51,8 +51,8 @@ def holds_ids(labels: LabelList, label_format: str, vocabulary: Vocabulary) -> b
         return False
     if not sure:
         raise ValueError(
-            f"{labels.where(0)}: got {shorten(labels.text(0))}, and numbers in all other rows, "
-            "which may be token ids or transcripts: give --label-format ids or text"
+            f"{labels.where(numbers[0])}: got {shorten(labels.text(numbers[0]))}, and numbers in "
+            "all other rows, which may be token ids or transcripts: give --label-format ids or text"
         )
     return True
 

@@ -11,6 +11,7 @@ import numpy as np
 CHUNK_BYTES = 4 << 20  # what is parsed at a time; bounds the memory of the intermediate arrays
 CHUNK_ROWS = 1 << 16  # likewise, where rows are gone through one by one
 MAX_DIGITS = 9
+ROW = "'dataset,relative/path.mp4,number_of_frames,token ids or text'"
 
 COMMA, NEWLINE, ZERO = (ord(character) for character in ",\n0")
 IS_SPACE = np.isin(np.arange(256), [ord(character) for character in " \t\r\n"])
@@ -24,6 +25,9 @@ QUOTED_LAST = re.compile(rb'^((?:[^,\n]*,){3})[ \t]*"((?:[^"\n]|"")*)"[ \t]*$', 
 
 class LabelList:
     """The rows `dataset,relative/path.mp4,number_of_frames,token ids or text` of one file.
+
+    All rows may leave the last field out, with its comma: a list for decoding only. A last field
+    that is empty is the transcript of silence.
 
     Rows end with LF, CR LF or CR, as in Python's text files; other line separators of Unicode are
     part of the text. Fields that are quoted as in CSV lose their quotes. What kind the last fields
@@ -40,7 +44,9 @@ class LabelList:
         file: Path of the list.
         num_frames: int32 (N,), number of video frames of each utterance.
         is_text: bool (N,), whether the last field is something else than whole numbers separated
-            by spaces.
+            by spaces; an empty one is not.
+        is_empty: bool (N,), whether there is nothing in the last field.
+        has_labels: Whether the rows have a last field.
 
     Raises:
         ValueError: The file cannot be read.
@@ -64,9 +70,18 @@ class LabelList:
             num_lines += self._data.count(b"\n", begin, end)
         if not any(len(part[0]) for part in parts):
             raise ValueError(f"{self.file}: the label list is empty, expected one row an utterance")
-        self._bounds, self._lines, self.num_frames, self.is_text = (
+        self._bounds, self._lines, self.num_frames, self.is_text, self.is_empty = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
+        has_labels = self._bounds[:, 3] < self._bounds[:, 4]
+        self.has_labels = bool(has_labels.any())
+        if self.has_labels and not has_labels.all():
+            row = int(np.argmin(has_labels))
+            raise ValueError(
+                f"{self.where(row)}: got {shorten(self._text(*self._bounds[row, [0, 4]]))}, "
+                f"expected {ROW} like other rows of this list: a comma must follow the number of "
+                "frames, also where the transcript is empty"
+            )
 
     def __len__(self) -> int:
         return len(self.num_frames)
@@ -155,14 +170,13 @@ class LabelList:
     def _text(self, start: int, end: int) -> str:
         return self._data[start:end].decode()
 
-    def _parse(
-        self, begin: int, end: int, num_lines: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _parse(self, begin: int, end: int, num_lines: int) -> tuple[np.ndarray, ...]:
         """Parse the whole lines in the bytes [begin, end), which follow `num_lines` others.
 
         Returns:
-            For each row that is not blank: its start, its first three commas and its end (N, 5);
-            its line number (N,); its number of frames (N,); whether its last field is text (N,).
+            For each row that is not blank: its start, its first three commas, the third of which
+            may be its end, and its end (N, 5); its line number (N,); its number of frames (N,);
+            whether its last field is text (N,), and whether it is empty (N,).
         """
         self._check_encoding(begin, end, num_lines)
         chunk = np.frombuffer(self._data, np.uint8, end - begin, begin)
@@ -177,17 +191,18 @@ class LabelList:
 
         commas = np.append(np.flatnonzero(chunk == COMMA), [len(chunk)] * 3)
         commas = commas[np.searchsorted(commas, starts)[:, None] + np.arange(3)]  # (N, 3)
-        self._refuse(commas[:, 2] >= ends, begin, starts, ends, lines)
+        self._refuse(commas[:, 1] >= ends, begin, starts, ends, lines)
+        commas[:, 2] = np.minimum(commas[:, 2], ends)
         num_frames = _numbers(chunk, commas[:, 1] + 1, commas[:, 2])
         malformed = (num_frames < 1) | (commas[:, 1] == commas[:, 0] + 1)
-        num_solid = solid[ends] - solid[commas[:, 2] + 1]
-        malformed |= num_solid == 0
         self._refuse(malformed, begin, starts, ends, lines)
 
+        labels = np.minimum(commas[:, 2] + 1, ends)  # where the last fields begin
+        num_solid = solid[ends] - solid[labels]
         digits = _running_count(_is_digit(chunk))
-        is_text = digits[ends] - digits[commas[:, 2] + 1] < num_solid
+        is_text = digits[ends] - digits[labels] < num_solid
         bounds = np.column_stack([starts, commas, ends]) + begin
-        return bounds.astype(self._position_type), lines, num_frames, is_text
+        return bounds.astype(self._position_type), lines, num_frames, is_text, num_solid == 0
 
     def _refuse(
         self,
@@ -200,10 +215,7 @@ class LabelList:
         if malformed.any():
             row = np.argmax(malformed)
             got = shorten(self._text(starts[row] + begin, ends[row] + begin))
-            raise ValueError(
-                f"{self.file}, line {lines[row]}: got {got}, expected "
-                "'dataset,relative/path.mp4,number_of_frames,token ids or text'"
-            )
+            raise ValueError(f"{self.file}, line {lines[row]}: got {got}, expected {ROW}")
 
     def _check_encoding(self, begin: int, end: int, num_lines: int) -> None:
         try:

@@ -123,6 +123,8 @@ def read_label_sentences(
     sentences = []
     for path in paths:
         labels = LabelList("", os.path.abspath(path))
+        if not labels.has_labels:
+            raise ValueError(f"{path}: the rows have no last field, expected their transcripts")
         if label_format == "auto" and not labels.is_text.any():
             raise ValueError(
                 f"{path}: the last field holds token ids, expected plain text: train on the "

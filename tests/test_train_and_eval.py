@@ -277,6 +277,34 @@ def test_two_processes_lose_streams_each_on_its_own(train_arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_clips_without_transcripts_are_decoded(run_dir, corpus, tmp_path, capsys):
+    rows = (corpus / "labels/test.csv").read_text().splitlines()
+    clips = corpus / "labels/clips.csv"
+    clips.write_text("".join(f"{row.rpartition(',')[0]}\n" for row in rows))
+    name = "hypotheses_audiovisual_clean.jsonl"
+    arguments = ["--pretrained-model-path", str(run_dir / "model_avg_10.pth")]
+    arguments += ["--root-dir", str(corpus), "--test-file", clips.name]
+    evaluation.main([*arguments, "--output-dir", str(tmp_path)])
+    clips.unlink()
+    assert "no transcripts to score" in capsys.readouterr().out
+    expected = [{**line, "reference": None} for line in read_lines(run_dir / "test" / name)]
+    assert read_lines(tmp_path / name) == expected
+
+
+def test_silence_is_trained_and_scored(train_arguments, corpus):
+    rows = (corpus / "labels/train.csv").read_text().splitlines()
+    silent = [row if number else f"{row.rpartition(',')[0]}," for number, row in enumerate(rows)]
+    path = corpus / "labels/silent.csv"
+    path.write_text("".join(f"{row}\n" for row in silent))
+    lists = [f"--{name}-file=silent.csv" for name in ("train", "val", "test")]
+    train.main(train_arguments("silence", "audio", "--max-epochs", "1", *lists))
+    path.unlink()
+    (summary,) = json.loads((train_arguments.exp_dir / "silence/test/summary.json").read_text())
+    assert summary["utterances"] == len(rows)
+    metrics = (train_arguments.exp_dir / "silence/metrics.csv").read_text()
+    assert "nan" not in metrics
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["modality"])
 def test_auto_avsr_checkpoints_are_evaluated(case, corpus, tmp_path, capsys):
     """A plain state dict, with the modality and sizes told by flags."""

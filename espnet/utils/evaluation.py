@@ -141,7 +141,7 @@ def evaluate(
         if trainer.is_global_zero:
             output_dir.mkdir(parents=True, exist_ok=True)
             dataset = data[condition.modality].test_datasets[condition.snr]
-            if number == 0:
+            if number == 0 and dataset.labels.has_labels:
                 warn_of_changes(dataset, [result.index for result in decoded])
             summaries.append(write_condition(decoded, dataset, condition, output_dir, normalize))
     if trainer.is_global_zero:
@@ -180,12 +180,15 @@ def write_condition(
 ) -> dict:
     """Writes the hypotheses of all utterances under a condition and sums up their errors.
 
-    Texts are normalised before errors are counted; the file has them as they were.
+    Texts are normalised before errors are counted; the file has them as they were. Without
+    transcripts, the references in the file are null, and nothing is counted.
 
     Returns:
-        Summary: condition, normaliser, error rates and counts, real-time factor.
+        Summary: condition, normaliser, error rates and counts (null without transcripts),
+        real-time factor.
     """
-    references = [dataset.reference(result.index) for result in decoded]
+    has_labels = dataset.labels.has_labels
+    references = [dataset.reference(r.index) if has_labels else None for r in decoded]
     path = output_dir / f"hypotheses_{condition.name}.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for result, reference in zip(decoded, references, strict=True):
@@ -196,20 +199,25 @@ def write_condition(
                 "score": result.score,
             }
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    clean = normalizer(normalize)
-    words, characters = count_errors(
-        [clean(reference) for reference in references],
-        [clean(result.hypothesis) for result in decoded],
-    )
+    errors = dict.fromkeys(("wer", "cer", "words", "characters"))
+    if has_labels:
+        clean = normalizer(normalize)
+        words, characters = count_errors(
+            [clean(reference) for reference in references],
+            [clean(result.hypothesis) for result in decoded],
+        )
+        errors = {
+            "wer": words.rate,
+            "cer": characters.rate,
+            "words": dataclasses.asdict(words),
+            "characters": dataclasses.asdict(characters),
+        }
     duration = sum(int(dataset.labels.num_frames[result.index]) for result in decoded) / VIDEO_RATE
     return {
         **dataclasses.asdict(condition),
         "normalize": normalize,
         "utterances": len(decoded),
-        "wer": words.rate,
-        "cer": characters.rate,
-        "words": dataclasses.asdict(words),
-        "characters": dataclasses.asdict(characters),
+        **errors,
         "real_time_factor": sum(result.seconds for result in decoded) / duration,
         "hypotheses": path.name,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -223,7 +231,9 @@ def format_summaries(summaries: list[dict]) -> str:
         name = Condition(summary["modality"], summary["snr"]).name
         parts = []
         for title, kind in (("WER", "words"), ("CER", "characters")):
-            counts = summary[kind]
+            if (counts := summary[kind]) is None:
+                parts = ["no transcripts to score"]
+                continue
             parts.append(
                 f"{title} {100 * summary[title.lower()]:.2f} % ({counts['substitutions']} sub, "
                 f"{counts['deletions']} del, {counts['insertions']} ins of {counts['reference']})"

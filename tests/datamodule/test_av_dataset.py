@@ -9,6 +9,7 @@ from media_files import make_picture, make_speech, write_sound_track
 
 from datamodule.av_dataset import AVDataset
 from datamodule.label_list import LabelList
+from datamodule.loaders import collate_pad
 from datamodule.media import MediaError, read_audio, read_video, write_audio, write_video
 from datamodule.noise import BabbleNoise
 from datamodule.transforms import AudioTransform, VideoTransform
@@ -74,6 +75,17 @@ def test_ids_of_one_vocabulary_become_ids_of_another(make_dataset, text_transfor
     dataset = make_dataset(text_transform=Letters(), id_text_transform=text_transform)
     for index in range(5):
         assert torch.equal(dataset.target(index), Letters().tokenize(dataset.text(index)))
+
+
+@pytest.mark.parametrize("others", ["text.csv", "ids.csv"])
+def test_silence_has_an_empty_target(make_dataset, corpus, others):
+    rows = (corpus.root / "labels" / others).read_text().splitlines()
+    dataset = make_dataset(corpus.write_list("silence.csv", [*rows, "set,clips/0.mp4,20,"]))
+    assert dataset.reference(5) == ""
+    batch = collate_pad([dataset[5], dataset[0]])
+    assert batch["target_lengths"].tolist() == [0, len(dataset.target(0))]
+    assert (batch["targets"][0] == -1).all()
+    assert collate_pad([dataset[5]])["targets"].shape == (1, 0)
 
 
 def test_ids_outside_the_vocabulary(make_dataset):

@@ -333,6 +333,19 @@ def test_ids_of_unknown_letters_count_too(make, corpus):
         make(train_file=name, val_file=None, label_format="ids").setup("fit")
 
 
+def test_only_a_test_list_may_lack_transcripts(make, corpus):
+    rows = [f"set,clips/{n}.mp4,20" for n in range(5)]
+    name = corpus.write_list("clips.csv", rows)
+    data = make(test_file=name)
+    data.setup("test")
+    assert data.contents == {name: "no transcripts"}
+    (batch,) = data.test_dataloader()
+    assert batch["targets"].shape == (5, 0)
+    for subset in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"clips.csv has no transcripts, which {subset} "):
+            make(**{f"{subset}_file": name}).setup("fit")
+
+
 @pytest.mark.parametrize("streams", [(), ("lidar",)])
 def test_unknown_streams(make, streams):
     with pytest.raises(ValueError, match=r"expected some of \('video', 'audio'\)"):

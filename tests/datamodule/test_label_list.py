@@ -50,6 +50,27 @@ def test_line_ends_blank_lines_and_byte_order_mark(write, end, last):
     assert labels.where(1).endswith("line 4")
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_rows_for_decoding_have_no_last_field(write, end):
+    labels = write("s,a.mp4,25\n\ns,b.mp4,3" + end)
+    assert not labels.has_labels
+    assert labels.num_frames.tolist() == [25, 3]
+    assert [labels.text(index) for index in range(2)] == ["", ""]
+    assert labels.path(1).endswith("/s/b.mp4")
+    assert write('"s","a.mp4","25"\n').num_frames.tolist() == [25]
+
+
+@pytest.mark.parametrize("empty", ["", " ", '""'])
+def test_an_empty_last_field_is_silence(write, empty):
+    labels = write(f"s,a.mp4,25,1 2\ns,b.mp4,3,{empty}\ns,c.mp4,3,{empty}")
+    assert labels.has_labels
+    assert labels.is_empty.tolist() == [False, True, True]
+    assert not labels.is_text.any()
+    labels.check_token_ids(2)
+    assert [labels.token_ids(index) for index in range(3)] == [[1, 2], [], []]
+    assert labels.text(2) == ""
+
+
 def test_separators_of_unicode_are_text(write):
     labels = write("s,a.mp4,25,one\u2028two\x0bthree\u0085\ns,b.mp4,3,four\n")
     assert [labels.text(index) for index in range(2)] == ["one\u2028two\x0bthree", "four"]
@@ -96,7 +117,9 @@ def test_long_lists_are_read_in_pieces(write, monkeypatch, holds_ids):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("s,b.mp4,25", "line 3: got 's,b.mp4,25', expected 'dataset,"),
+        ("s,b.mp4", "line 3: got 's,b.mp4', expected 'dataset,"),
+        ("s,b.mp4,", "line 3: got 's,b.mp4,'"),
+        ("s,b.mp4,x", "line 3: got 's,b.mp4,x'"),
         ("s,b.mp4,x,1", "line 3: got 's,b.mp4,x,1'"),
         ("s,b.mp4,0,1", "line 3: got"),
         ("s,b.mp4,-5,1", "line 3: got"),
@@ -104,8 +127,7 @@ def test_long_lists_are_read_in_pieces(write, monkeypatch, holds_ids):
         ("s,b.mp4,,1", "line 3: got"),
         ("s,b.mp4,1234567890,1", "line 3: got"),
         ("s,,25,1", "line 3: got"),
-        ("s,b.mp4,25,", "line 3: got"),
-        ("s,b.mp4,25, ", "line 3: got"),
+        ("s,b.mp4,25", "line 3: got 's,b.mp4,25', expected 'dataset,.* a comma must follow"),
         (b"s,b.mp4,25,\xff", "line 3: not UTF-8"),
     ],
 )

@@ -133,6 +133,7 @@ def test_transcripts_in_digits_are_told_from_ids_by_an_option(tmp_path, capsys):
     [
         (b"d,a.mp4,12,3 4 5\nd,b.mp4,9,7\n", "token ids, expected plain text"),
         (b"d,a.mp4,12,words\nd,b.mp4,9\n", "line 2: got 'd,b.mp4,9', expected 'dataset"),
+        (b"d,a.mp4,12\nd,b.mp4,9\n", "the rows have no last field"),
         (b"\xff\xfe", "not UTF-8"),
         (None, "cannot read the label list: No such file"),
     ],

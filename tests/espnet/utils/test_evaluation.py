@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from datamodule.av_dataset import AVDataset
@@ -11,6 +13,7 @@ from espnet.utils.evaluation import (
     Decoded,
     all_conditions,
     count_errors,
+    format_summaries,
     warn_of_changes,
     write_condition,
 )
@@ -51,7 +54,8 @@ def scored(tmp_path):
         train_tokenizer(sentences, tmp_path / "unigram", vocab_size=27)
         vocabulary = TextTransform(sp_model_path=f"{tmp_path}/unigram.model")
         (tmp_path / "labels").mkdir(exist_ok=True)
-        rows = [f"set,{number}.mp4,25,{text}\n" for number, text in enumerate(texts)]
+        rows = [f"set,{number}.mp4,25,{text}\n" for number, text in enumerate(texts or [])]
+        rows = rows or [f"set,{number}.mp4,25\n" for number in range(len(hypotheses))]
         (tmp_path / "labels" / "test.csv").write_text("".join(rows), encoding="utf-8")
         labels = LabelList(str(tmp_path), "test.csv")
         transform = AudioTransform(subset="test", normalize=False)
@@ -59,7 +63,8 @@ def scored(tmp_path):
         if hypotheses is None:
             hypotheses = [vocabulary.post_process(vocabulary.tokenize(text)) for text in texts]
         decoded = [Decoded(row, text, -1.0, 0.1) for row, text in enumerate(hypotheses)]
-        warn_of_changes(dataset, list(range(len(texts))))
+        if texts:
+            warn_of_changes(dataset, list(range(len(texts))))
         return write_condition(decoded, dataset, Condition("audio"), tmp_path, **kwargs)
 
     return score
@@ -80,6 +85,26 @@ def test_what_the_vocabulary_cannot_write_counts_as_errors(scored, caplog):
     summary = scored(["bin ж", "lay red"], ["bin", "lay red"])
     assert (summary["words"]["deletions"], summary["words"]["reference"]) == (1, 4)
     assert not caplog.records
+
+
+def test_what_is_found_in_silence_are_insertions(scored):
+    summary = scored(["", "lay red", ""], ["bin blue", "lay", ""])
+    words = {"substitutions": 0, "deletions": 1, "insertions": 2, "reference": 2}
+    assert summary["words"] == words
+    assert summary["characters"]["insertions"] == len("bin blue")
+    assert summary["wer"] == 1.5
+    # So are words where a normaliser leaves nothing of the reference.
+    words = {"substitutions": 0, "deletions": 0, "insertions": 1, "reference": 1}
+    assert scored(["(p)", "red"], ["bin", "red"], normalize="basic")["words"] == words
+
+
+def test_clips_without_transcripts_are_decoded(scored, tmp_path):
+    summary = scored(None, ["bin", ""])
+    assert summary["wer"] is summary["characters"] is None
+    assert "no transcripts to score, real-time factor" in format_summaries([summary])
+    lines = (tmp_path / "hypotheses_audio_clean.jsonl").read_text().splitlines()
+    assert [json.loads(line)["hypothesis"] for line in lines] == ["bin", ""]
+    assert [json.loads(line)["reference"] for line in lines] == [None, None]
 
 
 def test_conditions_have_names_for_files():
