@@ -29,6 +29,7 @@ class Decoded:
     hypothesis: str  # text; empty if the search found nothing
     score: float | None  # log-score of the hypothesis, None if the search found nothing
     seconds: float  # time that decoding took, shared out over the utterances of the batch
+    is_cut: bool = False  # whether the hypothesis has as many tokens as it may, and no end
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,7 @@ def write_condition(
         **dataclasses.asdict(condition),
         "normalize": normalize,
         "utterances": len(decoded),
+        "cut_hypotheses": sum(result.is_cut for result in decoded),
         **errors,
         "real_time_factor": sum(result.seconds for result in decoded) / duration,
         "hypotheses": path.name,
@@ -242,4 +244,10 @@ def format_summaries(summaries: list[dict]) -> str:
             f"{name}: {', '.join(parts)}, real-time factor {summary['real_time_factor']:.3f}, "
             f"{summary['utterances']} utterances, normaliser {summary['normalize']}"
         )
+        if cut := summary["cut_hypotheses"]:
+            lines.append(
+                f"{name}: {cut} hypotheses were cut at the most tokens that they may have: raise "
+                "--max-dec-tokens, or, if CTC has a share, which takes a frame for each token, "
+                "search without it (--ctc-decode-weight 0)"
+            )
     return "\n".join(lines)

@@ -49,7 +49,7 @@ def test_errors_are_summed_over_utterances_not_averaged():
 def scored(tmp_path):
     """What is made of a list of texts, if the model writes what its vocabulary gives for them."""
 
-    def score(texts, hypotheses=None, **kwargs):
+    def score(texts, hypotheses=None, cut=None, **kwargs):
         sentences = ["bin blue at f two now", "lay red with p nine soon", "çé"] * 5
         train_tokenizer(sentences, tmp_path / "unigram", vocab_size=27)
         vocabulary = TextTransform(sp_model_path=f"{tmp_path}/unigram.model")
@@ -62,7 +62,7 @@ def scored(tmp_path):
         dataset = AVDataset(labels=labels, text_transform=vocabulary, audio_transform=transform)
         if hypotheses is None:
             hypotheses = [vocabulary.post_process(vocabulary.tokenize(text)) for text in texts]
-        decoded = [Decoded(row, text, -1.0, 0.1) for row, text in enumerate(hypotheses)]
+        decoded = [Decoded(row, text, -1.0, 0.1, row == cut) for row, text in enumerate(hypotheses)]
         if texts:
             warn_of_changes(dataset, list(range(len(texts))))
         return write_condition(decoded, dataset, Condition("audio"), tmp_path, **kwargs)
@@ -96,6 +96,13 @@ def test_what_is_found_in_silence_are_insertions(scored):
     # So are words where a normaliser leaves nothing of the reference.
     words = {"substitutions": 0, "deletions": 0, "insertions": 1, "reference": 1}
     assert scored(["(p)", "red"], ["bin", "red"], normalize="basic")["words"] == words
+
+
+def test_hypotheses_that_were_cut_are_counted(scored):
+    summary = scored(["bin", "lay red"], ["bin", "lay"], cut=1)
+    assert summary["cut_hypotheses"] == 1
+    assert "audio_clean: 1 hypotheses were cut at the most" in format_summaries([summary])
+    assert "cut" not in format_summaries([scored(["bin"])])
 
 
 def test_clips_without_transcripts_are_decoded(scored, tmp_path):
