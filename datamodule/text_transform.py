@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ BLANK = "<blank>"
 UNKNOWN = "<unk>"
 END = "<eos>"
 WORD_BOUNDARY = "\u2581"
+SEPARATOR = re.compile(r"[ \t]+")  # of a units file
+BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")  # how models with byte fallback write other characters
 
 
 class TextTransform:
@@ -43,6 +46,7 @@ class TextTransform:
         self.name = "/".join(Path(sp_model_path).resolve().with_suffix("").parts[-2:])
         units = output_pieces(self._processor) if dict_path is None else _read_units(dict_path)
         self.token_list = [BLANK, *units, END]
+        self._has_bytes = any(BYTES.fullmatch(piece) for piece in units)
         self._ids = {piece: index for index, piece in enumerate(units, start=1)}
 
     @property
@@ -85,7 +89,15 @@ class TextTransform:
         """Turn ids (U,) into text; padding (-1), blanks and `<eos>` are left out."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         pieces = (self.token_list[index] for index in ids if 0 < index < self.eos)
-        return "".join(pieces).replace(WORD_BOUNDARY, " ").strip()
+        text = "".join(pieces)
+        if self._has_bytes:
+            text = BYTES.sub(_decoded, text)
+        return text.replace(WORD_BOUNDARY, " ").strip()
+
+
+def _decoded(match: re.Match[str]) -> str:
+    """The characters that byte pieces stand for."""
+    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
 def _load_processor(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -110,7 +122,7 @@ def output_pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
 
 def _read_units(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")
     except OSError as error:
         raise ValueError(f"{path}: cannot read the units file: {error.strerror}") from None
@@ -118,9 +130,10 @@ def _read_units(path: str) -> list[str]:
         raise ValueError(f"{os.fspath(path)}: the units file is not UTF-8 text") from None
     units = []
     for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if not words:
+        line = line.strip(" \t")  # Other white space may be a piece.
+        if not line:
             continue
+        words = SEPARATOR.split(line)
         if len(words) != 2 or words[1] != str(len(units) + 1):
             raise ValueError(
                 f"{path}, line {number}: got {line!r}, expected 'piece {len(units) + 1}'"
