@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,8 @@ from datamodule.label_list import LabelList, shorten
 
 if TYPE_CHECKING:
     from datamodule.av_dataset import Vocabulary
+
+log = logging.getLogger(__name__)
 
 SAMPLE = 200  # rows that are looked at closely
 ENOUGH = 0.9  # of these rows, that the vocabulary must write with the very ids of the list
@@ -34,6 +37,9 @@ def holds_ids(labels: LabelList, label_format: str, vocabulary: Vocabulary) -> b
         ValueError: Numbers may be ids or transcripts.
     """
     numbers = np.flatnonzero(~labels.is_text & ~labels.is_empty)
+    if label_format == "text" and len(numbers) == len(labels):
+        if _are_ids(labels, numbers, vocabulary):
+            log.warning("%s is read as text, but looks like token ids", labels.file)
     if label_format == "text" or not labels.has_labels:
         return False
     words = np.flatnonzero(labels.is_text)

@@ -29,7 +29,7 @@ def root_dir(tmp_path_factory):
         pictures = rng.integers(0, 256, (length, 96, 96), np.uint8)
         write_video(root / "set" / f"{index}.mp4", pictures)
         write_audio(root / "set" / f"{index}.wav", rng.normal(0, 0.1, 640 * length))
-        rows.append(f"set,{index}.mp4,{length},1 2 3\n")
+        rows.append(f"set,{index}.mp4,{length},2 3 4\n")
     (root / "labels" / "train.csv").write_text("".join(rows))
     return str(root)
 

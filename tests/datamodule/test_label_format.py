@@ -98,3 +98,11 @@ def test_numbers_are_ids_where_the_vocabulary_knows_no_text(write, tmp_path):
     train_tokenizer(sentences(WORDS), tmp_path / "unigram", vocab_size=20)
     paths = {"sp_model_path": f"{tmp_path}/unigram.model", "dict_path": tmp_path / "units.txt"}
     assert holds_ids(write(["1 2 3"]), "auto", TextTransform(**paths))
+
+
+def test_ids_that_are_read_as_text_are_told(write, vocabularies, caplog):
+    assert not holds_ids(write(sentences(DIGITS)), "text", vocabularies["both"])
+    assert not caplog.records
+    labels = write(ids_of(vocabularies["both"], WORDS))
+    assert not holds_ids(labels, "text", vocabularies["both"])
+    assert "train.csv is read as text, but looks like token ids" in caplog.text
