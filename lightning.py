@@ -313,16 +313,19 @@ class ModelModule(pl.LightningModule):
             One result an utterance.
         """
         start = time.perf_counter()
-        nbest = self.beam_search(*self.model.encode(*model_inputs(batch)))
+        encoded = self.model.encode(*model_inputs(batch))
+        nbest = self.beam_search(*encoded)
         seconds = (time.perf_counter() - start) / len(nbest)
         results = []
-        for index, hypotheses in zip(batch["indices"].tolist(), nbest, strict=True):
-            text, score = "", None
+        rows = zip(batch["indices"].tolist(), encoded.lengths.tolist(), nbest, strict=True)
+        for index, frames, hypotheses in rows:
+            text, score, is_cut = "", None, False
             if hypotheses:
                 tokens = hypotheses[0].yseq[1:]
                 text = self.text_transform.post_process(tokens[tokens != self.model.eos])
                 score = float(hypotheses[0].score)
-            results.append(Decoded(index, text, score, seconds))
+                is_cut = self.beam_search.is_cut(hypotheses[0], frames)
+            results.append(Decoded(index, text, score, seconds, is_cut=is_cut))
         return results
 
 

@@ -117,7 +117,7 @@ def run(options: Options, watch: Stopwatch) -> str | None:
         run_dir.mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         with whole_file(run_dir / "config.yaml") as unfinished:
-            config = {**to_flat(options), "resumed": resumed}
+            config = {**to_flat(options), "resumed": resumed, "label_lists": data.contents}
             save_config(config, unfinished, package_versions())
         keep_vocabulary(options, run_dir)
         for name, (before, now) in (resumed[-1]["changed"] if resumed else {}).items():
@@ -336,12 +336,14 @@ def score(
         options.scoring.normalize,
         skip_bad_clips=options.data.skip_bad_clips,
     )
-    plot = output_dir / "wer_over_snr.png"
+    files = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
+    files.append(output_dir / "summary.json")
     if trainer.is_global_zero:
-        plot_wer(summaries, snrs, plot)
-        print(format_summaries(summaries), wer_table(summaries, snrs), sep="\n\n")
-    hypotheses = [output_dir / f"hypotheses_{condition.name}.jsonl" for condition in conditions]
-    files = [*hypotheses, output_dir / "summary.json", plot]
+        print(format_summaries(summaries))
+        if summaries[0]["wer"] is not None:  # The list has transcripts.
+            files.append(output_dir / "wer_over_snr.png")
+            plot_wer(summaries, snrs, files[-1])
+            print("", wer_table(summaries, snrs), sep="\n")
     return files, bad_clips_problem(summaries, output_dir)
 
 

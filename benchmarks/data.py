@@ -52,7 +52,8 @@ FIRST_BATCH_S = 5
 LIST_S = 5
 LIST_MB = 400
 SHARE = 0.1  # of a list's size that may become a worker's own
-VOCABULARY = SimpleNamespace(odim=5049)  # of auto_avsr
+PIECES = 5049  # of auto_avsr
+VOCABULARY = SimpleNamespace(odim=PIECES, name="auto_avsr's", token_list=["piece"] * PIECES)
 FILES_PER_FOLDER = 1000
 TOKENS_PER_ROW = 20
 LIST_FILE = "train.csv"
@@ -87,7 +88,8 @@ def corpus(root_dir: str, sentences: int) -> Iterator[str]:
 
 def set_up(root_dir: str, text_transform: Any, **options: Any) -> DataModule:
     """Makes the data module of training on a list, with further options, and reads the list."""
-    read = DataOptions(root_dir=root_dir, train_file=LIST_FILE, val_file=None, **options)
+    lists = {"train_file": LIST_FILE, "val_file": None, "label_format": "ids"}
+    read = DataOptions(root_dir=root_dir, **lists, **options)
     data = DataModule(read, streams=STREAMS, text_transform=text_transform)
     data.setup("fit")
     return data

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from datamodule.bad_clip import BadClip
+from datamodule.label_format import holds_ids
 from datamodule.label_list import LabelList
 from datamodule.media import MediaError
 from datamodule.sources import FileSource, Source
+from datamodule.text_transform import UNKNOWN
 from datamodule.transforms import AudioTransform, VideoTransform
 from espnet.errors import first_line
 from espnet.formats import AUDIO_RATE, SAMPLES_PER_FRAME, VIDEO_RATE
@@ -34,14 +36,29 @@ class Vocabulary(Protocol):
     """What translates between text and token ids."""
 
     @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether it can write text; if not, it only knows ids."""
+
+    @property
+    def token_list(self) -> list[str]:
+        """All tokens; the index is the id."""
+
+    @property
     def odim(self) -> int:
         """Size of the vocabulary; ids of text lie within 1 and odim - 2."""
 
-    def in_case(self, text: str) -> str:
-        """Put text in the case that the model writes."""
+    def normalize(self, text: str) -> str:
+        """Write text as the model writes it: in its case, with its forms of characters."""
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,)."""
+
+    def unknown(self, text: str) -> list[str]:
+        """List the parts of a text that it cannot write."""
 
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids into text."""
@@ -56,13 +73,15 @@ class AVDataset(Dataset):
 
     Raises:
         ValueError: Both streams are left out.
-        ValueError: A token id of the list is outside its vocabulary.
+        ValueError: A token id of the list is outside its vocabulary, or not one.
+        ValueError: The list holds numbers that may be token ids or transcripts.
     """
 
     labels: LabelList
     text_transform: Vocabulary  # the model's
     # Of a list that holds token ids which are not the model's: they become text, the text new ids.
     id_text_transform: Vocabulary | None = None
+    label_format: str = "auto"  # what the last fields hold: `ids`, `text`, or what they look like
     video_transform: VideoTransform | None = None  # None leaves the video out
     audio_transform: AudioTransform | None = None  # None leaves the audio out
     training: bool = False  # whether the random transforms differ from epoch to epoch
@@ -72,12 +91,12 @@ class AVDataset(Dataset):
     skip_bad_clips: bool = False  # whether an utterance that cannot be used gives a `BadClip`
     needs_target: bool = True  # whether items have the token ids of their text
     source: Source = field(default_factory=FileSource)
+    holds_ids: bool = field(init=False)  # whether the list holds token ids; plain text if not
 
     def __post_init__(self) -> None:
         if self.video_transform is None and self.audio_transform is None:
             raise ValueError("got no video_transform and no audio_transform, expected one or both")
-        if self.labels.holds_ids:
-            self.labels.check_token_ids(self._id_vocabulary.odim - 2)
+        self.holds_ids = holds_ids(self.labels, self.label_format, self._id_vocabulary)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -96,7 +115,7 @@ class AVDataset(Dataset):
         Raises:
             MediaError: The clip cannot be read, is silent, is not as long as its list says, or does
                 not fit the transforms; its audio and video are neither of one length nor end at
-                one time, to 0.2 s; or its text gives no token.
+                one time, to 0.2 s; or its text, which is not empty, gives no token.
         """
         index, epoch = key if isinstance(key, tuple) else (key, 0)
         item: dict[str, Any] = {"index": index}
@@ -122,7 +141,7 @@ class AVDataset(Dataset):
         Args:
             most_tokens: Most tokens of a text, by the frames of its utterance; None for no limit.
         """
-        if self.labels.holds_ids and self.id_text_transform is None:
+        if self.holds_ids and self.id_text_transform is None:
             return
         for index in range(len(self)):
             text = self.text(index)
@@ -144,24 +163,36 @@ class AVDataset(Dataset):
 
     def text(self, index: int) -> str:
         """Return the reference text; token ids are turned back into text."""
-        if self.labels.holds_ids:
+        if self.holds_ids:
             return self._id_vocabulary.post_process(self.labels.token_ids(index))
         return self.labels.text(index)
 
     def reference(self, index: int) -> str:
-        """Return the reference text in the case that the model writes."""
-        return self.text_transform.in_case(self.text(index))
+        """Return the reference text as the model would write it."""
+        return self.text_transform.normalize(self.text(index))
+
+    def unknown(self, index: int) -> tuple[list[str], int]:
+        """Return the parts of a text that the model cannot write, and how many tokens it can."""
+        if self.holds_ids and self.id_text_transform is None:
+            tokens = [self.text_transform.token_list[i] for i in self.labels.token_ids(index)]
+            lost = [token for token in tokens if token == UNKNOWN]
+        else:
+            text = self.text(index)
+            lost, tokens = self.text_transform.unknown(text), self.text_transform.tokenize(text)
+        return lost, max(0, len(tokens) - len(lost))
 
     def target(self, index: int) -> torch.Tensor:
         """Return the token ids of the reference in the model's vocabulary, int64 (U,).
 
+        An empty reference, silence, has none; nor has a list for decoding only.
+
         Raises:
-            MediaError: The text gives no token; it names the list and the line.
+            MediaError: A text that is not empty gives no token; it names the list and the line.
         """
-        if self.labels.holds_ids and self.id_text_transform is None:
+        if self.holds_ids and self.id_text_transform is None:
             return torch.tensor(self.labels.token_ids(index), dtype=torch.int64)
         target = self.text_transform.tokenize(self.text(index))
-        if len(target) == 0:
+        if len(target) == 0 and self.text(index):
             raise MediaError(
                 self.labels.where(index),
                 f"the text {self.labels.text(index)!r} gives no token, expected words of the "

@@ -19,6 +19,7 @@ from datamodule.options import DataOptions
 from datamodule.samplers import LengthBucketBatchSampler, LongestFirstBatchSampler
 from datamodule.sources import build_source
 from datamodule.transforms import AudioTransform, VideoTransform, needs_noise
+from datamodule.unknown_text import unknown_report
 from espnet.formats import CLEAN_SNR, STREAMS, VIDEO_RATE
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class DataModule(pl.LightningDataModule):
         self.train_dataset: AVDataset | None = None
         self.val_dataset: AVDataset | None = None
         self.test_datasets: dict[float, AVDataset] = {}  # by SNR
+        self.contents: dict[str, str] = {}  # what each list holds
         self._labels: dict[str, LabelList] = {}
         self._usable: dict[str, np.ndarray] = {}  # indices of utterances, by subset
         self._noise: NoiseSource | None = None
@@ -201,11 +203,15 @@ class DataModule(pl.LightningDataModule):
         if not file:
             raise ValueError(f"got no {subset} list, expected a file name (--{subset}-file)")
         labels = self._read_labels(file)
-        if labels.holds_ids and not self.takes_ids and self.id_text_transform is None:
+        if subset != "test" and not labels.has_labels:
             raise ValueError(
-                f"{file} holds token ids, which are not those of the pretrained decoder: give "
-                "their SentencePiece model (--sp-model-path), or a list with plain text"
+                f"{file} has no transcripts, which {subset} lists need: add them as the last field "
+                "(only a test list may leave it out, to be decoded)"
             )
+        label_format = self.options.label_format
+        if not self.takes_ids and self.id_text_transform is None and label_format != "text":
+            self._refuse_ids(file, labels)
+            label_format = "text"
         may_skip = subset != "test" and self.options.skip_bad_clips
         too_long = self._check_lengths(labels, may_skip=may_skip)
         with_video, with_audio = ("video" in self.streams), ("audio" in self.streams)
@@ -215,6 +221,7 @@ class DataModule(pl.LightningDataModule):
             source=self._source,
             text_transform=self.text_transform,
             id_text_transform=self.id_text_transform,
+            label_format=label_format,
             video_transform=video_transform if with_video else None,
             audio_transform=(
                 self._audio_transform(subset, snr_target, labels) if with_audio else None
@@ -225,6 +232,7 @@ class DataModule(pl.LightningDataModule):
             too_long=self.too_long,
             skip_bad_clips=may_skip,
         )
+        self._tell_contents(file, dataset)
         if not self.options.skip_bad_clips:
             self._source.check(labels, with_video=with_video)
         if subset != "test":
@@ -242,6 +250,32 @@ class DataModule(pl.LightningDataModule):
         if unfit:
             log.warning("left out %s", by_cause(unfit))
         return [clip.index for clip in unfit]
+
+    def _refuse_ids(self, file: str, labels: LabelList) -> None:
+        """Refuse token ids where nothing knows their vocabulary."""
+        if self.options.label_format == "ids" or _all_numbers(labels):
+            raise ValueError(
+                f"{file} holds token ids, which are not those of the pretrained decoder: give "
+                "their SentencePiece model (--sp-model-path), or a list with plain text (if it has "
+                "transcripts in digits, --label-format text)"
+            )
+
+    def _tell_contents(self, file: str, dataset: AVDataset) -> None:
+        """Say what a list holds, when it is first used, and what of it is unknown.
+
+        Raises:
+            ValueError: Too much of it is.
+        """
+        if file in self.contents:
+            return
+        vocabulary = self.id_text_transform or self.text_transform
+        kind = f"token ids of {vocabulary.name}" if dataset.holds_ids else "text"
+        self.contents[file] = kind if dataset.labels.has_labels else "no transcripts"
+        empty = int(dataset.labels.is_empty.sum()) if dataset.labels.has_labels else 0
+        silence = f", {empty} of them empty (silence)" if empty else ""
+        log.info("%s: %s%s", file, self.contents[file], silence)
+        if report := unknown_report(dataset):
+            log.warning(report)
 
     def _audio_transform(
         self, subset: str, snr_target: float | None, labels: LabelList
@@ -294,3 +328,8 @@ class DataModule(pl.LightningDataModule):
             raise ValueError(message)
         log.warning("left out %d clips that are too long; the first is %s", len(too_long), message)
         return too_long
+
+
+def _all_numbers(labels: LabelList) -> bool:
+    """Whether last fields are token ids, or look like it."""
+    return not labels.is_text.any() and not labels.is_empty.all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,17 +11,27 @@ import numpy as np
 CHUNK_BYTES = 4 << 20  # what is parsed at a time; bounds the memory of the intermediate arrays
 CHUNK_ROWS = 1 << 16  # likewise, where rows are gone through one by one
 MAX_DIGITS = 9
+ROW = "'dataset,relative/path.mp4,number_of_frames,token ids or text'"
 
 COMMA, NEWLINE, ZERO = (ord(character) for character in ",\n0")
 IS_SPACE = np.isin(np.arange(256), [ord(character) for character in " \t\r\n"])
+
+# Fields as a CSV writer quotes them: the three first of a row, which hold no comma, and the last.
+QUOTED_FIRST = re.compile(
+    rb'^("?)([^",\n]*)\1,("?)([^",\n]*)\3,("?)([^",\n]*)\5(?=,|$)', re.MULTILINE
+)
+QUOTED_LAST = re.compile(rb'^((?:[^,\n]*,){3})[ \t]*"((?:[^"\n]|"")*)"[ \t]*$', re.MULTILINE)
 
 
 class LabelList:
     """The rows `dataset,relative/path.mp4,number_of_frames,token ids or text` of one file.
 
-    The last field of all rows is of one kind. A list in which every row's last field consists of
-    whole numbers separated by spaces holds token ids; otherwise it holds plain text, in which the
-    odd row may be a number. A list of mostly numbers with some rows that are not is refused.
+    All rows may leave the last field out, with its comma: a list for decoding only. A last field
+    that is empty is the transcript of silence.
+
+    Rows end with LF, CR LF or CR, as in Python's text files; other line separators of Unicode are
+    part of the text. Fields that are quoted as in CSV lose their quotes. What kind the last fields
+    are of, `label_format.holds_ids` tells.
 
     The file's bytes and the positions of the fields are kept instead of Python objects: processes
     that are forked from this one share them.
@@ -32,7 +43,10 @@ class LabelList:
     Attributes:
         file: Path of the list.
         num_frames: int32 (N,), number of video frames of each utterance.
-        holds_ids: Whether the last field holds token ids; plain text if not.
+        is_text: bool (N,), whether the last field is something else than whole numbers separated
+            by spaces; an empty one is not.
+        is_empty: bool (N,), whether there is nothing in the last field.
+        has_labels: Whether the rows have a last field.
 
     Raises:
         ValueError: The file cannot be read.
@@ -45,7 +59,7 @@ class LabelList:
         self.file = os.path.join(root_dir, "labels", file)
         try:
             with open(self.file, "rb") as stream:
-                self._data = stream.read()
+                self._data = _plain(stream.read())
         except OSError as error:
             raise ValueError(f"{self.file}: cannot read the label list: {error.strerror}") from None
         self._position_type = np.uint32 if len(self._data) < 1 << 32 else np.int64
@@ -56,10 +70,18 @@ class LabelList:
             num_lines += self._data.count(b"\n", begin, end)
         if not any(len(part[0]) for part in parts):
             raise ValueError(f"{self.file}: the label list is empty, expected one row an utterance")
-        self._bounds, self._lines, self.num_frames, is_text = (
+        self._bounds, self._lines, self.num_frames, self.is_text, self.is_empty = (
             np.concatenate(column) for column in zip(*parts, strict=True)
         )
-        self.holds_ids = self._decide_kind(is_text)
+        has_labels = self._bounds[:, 3] < self._bounds[:, 4]
+        self.has_labels = bool(has_labels.any())
+        if self.has_labels and not has_labels.all():
+            row = int(np.argmin(has_labels))
+            raise ValueError(
+                f"{self.where(row)}: got {shorten(self._text(*self._bounds[row, [0, 4]]))}, "
+                f"expected {ROW} like other rows of this list: a comma must follow the number of "
+                "frames, also where the transcript is empty"
+            )
 
     def __len__(self) -> int:
         return len(self.num_frames)
@@ -86,7 +108,7 @@ class LabelList:
         return self._text(third + 1, end).strip()
 
     def token_ids(self, index: int) -> list[int]:
-        """Return the last field of a list that holds token ids."""
+        """Return the last field of a row that holds token ids."""
         return [int(word) for word in self.text(index).split()]
 
     def folders(self) -> Iterator[tuple[str, np.ndarray, list[str]]]:
@@ -141,20 +163,20 @@ class LabelList:
                 row = begin + np.searchsorted(bounds[:, 0], start, side="right") - 1
                 raise ValueError(
                     f"{self.where(row)}: token id {self._text(start, end)} is outside the "
-                    f"vocabulary, expected 1 to {largest}; was the list made with another one?"
+                    f"vocabulary, expected 1 to {largest}; was the list made with another one? If "
+                    "it holds transcripts in digits, give --label-format text"
                 )
 
     def _text(self, start: int, end: int) -> str:
         return self._data[start:end].decode()
 
-    def _parse(
-        self, begin: int, end: int, num_lines: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def _parse(self, begin: int, end: int, num_lines: int) -> tuple[np.ndarray, ...]:
         """Parse the whole lines in the bytes [begin, end), which follow `num_lines` others.
 
         Returns:
-            For each row that is not blank: its start, its first three commas and its end (N, 5);
-            its line number (N,); its number of frames (N,); whether its last field is text (N,).
+            For each row that is not blank: its start, its first three commas, the third of which
+            may be its end, and its end (N, 5); its line number (N,); its number of frames (N,);
+            whether its last field is text (N,), and whether it is empty (N,).
         """
         self._check_encoding(begin, end, num_lines)
         chunk = np.frombuffer(self._data, np.uint8, end - begin, begin)
@@ -169,17 +191,18 @@ class LabelList:
 
         commas = np.append(np.flatnonzero(chunk == COMMA), [len(chunk)] * 3)
         commas = commas[np.searchsorted(commas, starts)[:, None] + np.arange(3)]  # (N, 3)
-        self._refuse(commas[:, 2] >= ends, begin, starts, ends, lines)
+        self._refuse(commas[:, 1] >= ends, begin, starts, ends, lines)
+        commas[:, 2] = np.minimum(commas[:, 2], ends)
         num_frames = _numbers(chunk, commas[:, 1] + 1, commas[:, 2])
         malformed = (num_frames < 1) | (commas[:, 1] == commas[:, 0] + 1)
-        num_solid = solid[ends] - solid[commas[:, 2] + 1]
-        malformed |= num_solid == 0
         self._refuse(malformed, begin, starts, ends, lines)
 
+        labels = np.minimum(commas[:, 2] + 1, ends)  # where the last fields begin
+        num_solid = solid[ends] - solid[labels]
         digits = _running_count(_is_digit(chunk))
-        is_text = digits[ends] - digits[commas[:, 2] + 1] < num_solid
+        is_text = digits[ends] - digits[labels] < num_solid
         bounds = np.column_stack([starts, commas, ends]) + begin
-        return bounds.astype(self._position_type), lines, num_frames, is_text
+        return bounds.astype(self._position_type), lines, num_frames, is_text, num_solid == 0
 
     def _refuse(
         self,
@@ -191,11 +214,8 @@ class LabelList:
     ) -> None:
         if malformed.any():
             row = np.argmax(malformed)
-            got = _shorten(self._text(starts[row] + begin, ends[row] + begin))
-            raise ValueError(
-                f"{self.file}, line {lines[row]}: got {got}, expected "
-                "'dataset,relative/path.mp4,number_of_frames,token ids or text'"
-            )
+            got = shorten(self._text(starts[row] + begin, ends[row] + begin))
+            raise ValueError(f"{self.file}, line {lines[row]}: got {got}, expected {ROW}")
 
     def _check_encoding(self, begin: int, end: int, num_lines: int) -> None:
         try:
@@ -204,15 +224,15 @@ class LabelList:
             line = num_lines + 1 + self._data.count(b"\n", begin, begin + error.start)
             raise ValueError(f"{self.file}, line {line}: not UTF-8 text") from None
 
-    def _decide_kind(self, is_text: np.ndarray) -> bool:
-        num_text = int(np.count_nonzero(is_text))
-        if 0 < num_text < len(self) / 2:
-            index = int(np.argmax(is_text))
-            raise ValueError(
-                f"{self.where(index)}: got {_shorten(self.text(index))}, expected token ids "
-                "separated by spaces like in most rows of this list"
-            )
-        return num_text == 0
+
+def _plain(data: bytes) -> bytes:
+    """Give rows one line end, and fields no quotes."""
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if b'"' in data:
+        data = QUOTED_FIRST.sub(rb"\2,\4,\6", data)
+        data = QUOTED_LAST.sub(lambda row: row[1] + row[2].replace(b'""', b'"'), data)
+    return data
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, int]]:
@@ -249,6 +269,7 @@ def _numbers(text: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarr
     return np.where(is_number, values, np.int32(-1))
 
 
-def _shorten(text: str, limit: int = 80) -> str:
+def shorten(text: str, limit: int = 80) -> str:
+    """Quote a text in a message, cut off where it is long."""
     text = text.strip()
     return repr(text if len(text) <= limit else text[:limit] + "...")

@@ -8,6 +8,7 @@ from espnet.option_tree import COUNT, NATURAL, option
 DEFAULT_LIST = "lrs3_test_transcript_lengths_seg16s.csv"  # of auto_avsr
 SOURCES = ("files",)
 TRAINING = ("train",)
+LABEL_FORMATS = ("auto", "ids", "text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,12 @@ class DataOptions:
     val_file: str = option(DEFAULT_LIST, "validation label list", scripts=TRAINING)
     test_file: str | None = option(
         None, f"test label list, scored after training (default: {DEFAULT_LIST} if it exists)"
+    )
+    label_format: str = option(
+        "auto",
+        "what the last fields of the lists hold; auto: token ids if they are numbers and beyond "
+        "doubt ids of the vocabulary, else text",
+        choices=LABEL_FORMATS,
     )
     train_num_buckets: int = option(
         400, "length classes from which batches are drawn", kind=COUNT, scripts=TRAINING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,8 @@ class PretrainedTextTransform:
         text_case: `keep`, or `lower` for text that is put in lower case first.
 
     Attributes:
+        name: What messages call it.
+        takes_text: True: it does not only know ids.
         token_list: All tokens as the tokenizer writes them, `<blank>` first; the index is the id.
         prompt: As above, not shifted.
         special_tokens: Ids of the tokenizer that are no text, unused rows among them and `eos` not:
@@ -53,6 +56,9 @@ class PretrainedTextTransform:
         ValueError: The case is unknown.
         ValueError: The prompt is empty, or it, `eos` or a token of text has no row.
     """
+
+    name = "the decoder's own vocabulary"
+    takes_text = True
 
     def __init__(
         self,
@@ -102,19 +108,30 @@ class PretrainedTextTransform:
         """Id that ends a decoder's output."""
         return self._eos + 1
 
-    def in_case(self, text: str) -> str:
-        """The text in the case that the model writes."""
-        return text.lower() if self._lower else text
+    def normalize(self, text: str) -> str:
+        """The text as the model writes it: in its case, and in the form of its characters."""
+        text = self._in_case(text)
+        written = self.post_process(self.tokenize(text))
+        # What the tokenizer cannot write stays, and counts as an error.
+        return written if _in_one_form(written) == _in_one_form(text) else text
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,), without special tokens; white space around it is cut off.
 
         Text that looks like a special token is spelled like any other.
         """
-        text = self.in_case(text.strip())
+        text = self._in_case(text.strip())
         if not text:
             return torch.empty(0, dtype=torch.int64)
         return torch.tensor(_encode(self._tokenizer, self._before + text), dtype=torch.int64) + 1
+
+    def unknown(self, text: str) -> list[str]:
+        """List the characters of a text that are lost, or have no token of their own."""
+        text = self._in_case(text)
+        if self._is_known(text):
+            return []
+        lost = {character for character in set(text) if not self._is_known(character)}
+        return [character for character in text if character in lost]
 
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids (U,) into text; padding (-1), blanks and special tokens are left out."""
@@ -123,6 +140,16 @@ class PretrainedTextTransform:
         if not kept:
             return ""
         return self._tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+    def _is_known(self, text: str) -> bool:
+        ids = self.tokenize(text)
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and bool((ids == unknown + 1).any()):
+            return False
+        return _in_one_form(self.post_process(ids)) == _in_one_form(text)
+
+    def _in_case(self, text: str) -> str:
+        return text.lower() if self._lower else text
 
 
 def llama_text_transform(
@@ -277,6 +304,11 @@ def _control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     added = tokenizer.added_tokens_decoder.items()
     control = {index for index, token in added if token.special or CONTROL.fullmatch(token.content)}
     return control | set(tokenizer.all_special_ids)
+
+
+def _in_one_form(text: str) -> str:
+    """A text without the differences that there may be between forms of the same characters."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:

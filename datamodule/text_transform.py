@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 import sentencepiece
 import torch
@@ -12,6 +14,8 @@ BLANK = "<blank>"
 UNKNOWN = "<unk>"
 END = "<eos>"
 WORD_BOUNDARY = "\u2581"
+SEPARATOR = re.compile(r"[ \t]+")  # of a units file
+BYTES = re.compile(r"(?:<0x[0-9A-F]{2}>)+")  # how models with byte fallback write other characters
 
 
 class TextTransform:
@@ -23,6 +27,7 @@ class TextTransform:
             takes `<unk>` and the pieces in the order of the SentencePiece model.
 
     Attributes:
+        name: Folder and name of the SentencePiece model, for messages.
         token_list: All tokens, `<blank>` and `<eos>` included; the index is the id.
         prompt: Empty: nothing but `sos` comes before a text.
         special_tokens: Empty.
@@ -38,8 +43,10 @@ class TextTransform:
 
     def __init__(self, *, sp_model_path: str, dict_path: str | None = None) -> None:
         self._processor = _load_processor(sp_model_path)
+        self.name = "/".join(Path(sp_model_path).resolve().with_suffix("").parts[-2:])
         units = output_pieces(self._processor) if dict_path is None else _read_units(dict_path)
         self.token_list = [BLANK, *units, END]
+        self._has_bytes = any(BYTES.fullmatch(piece) for piece in units)
         self._ids = {piece: index for index, piece in enumerate(units, start=1)}
 
     @property
@@ -57,9 +64,9 @@ class TextTransform:
         """Id that ends a decoder's output."""
         return self.odim - 1
 
-    def in_case(self, text: str) -> str:
-        """The text as the model writes it: unchanged."""
-        return text
+    def normalize(self, text: str) -> str:
+        """The text as the model writes it: SentencePiece's normalisation, which is NFKC mostly."""
+        return self._processor.normalize(text).replace(WORD_BOUNDARY, " ").strip()
 
     def tokenize(self, text: str) -> torch.Tensor:
         """Turn text into ids, int64 (U,); pieces that are not in the vocabulary become `<unk>`."""
@@ -67,11 +74,30 @@ class TextTransform:
         pieces = self._processor.encode(text, out_type=str)
         return torch.tensor([self._ids.get(piece, unknown) for piece in pieces], dtype=torch.int64)
 
+    def unknown(self, text: str) -> list[str]:
+        """List the parts of a text that become `<unk>`."""
+        pieces = self._processor.encode(text, out_type=str)
+        return [piece for piece in pieces if piece == UNKNOWN or piece not in self._ids]
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether text can be written at all: the units file may belong to another model."""
+        unknown = self._processor.unk_id()
+        return any(self._processor.piece_to_id(piece) != unknown for piece in self._ids)
+
     def post_process(self, ids: torch.Tensor | Iterable[int]) -> str:
         """Turn ids (U,) into text; padding (-1), blanks and `<eos>` are left out."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
         pieces = (self.token_list[index] for index in ids if 0 < index < self.eos)
-        return "".join(pieces).replace(WORD_BOUNDARY, " ").strip()
+        text = "".join(pieces)
+        if self._has_bytes:
+            text = BYTES.sub(_decoded, text)
+        return text.replace(WORD_BOUNDARY, " ").strip()
+
+
+def _decoded(match: re.Match[str]) -> str:
+    """The characters that byte pieces stand for."""
+    return bytes.fromhex(match[0].replace("<0x", "").replace(">", "")).decode(errors="replace")
 
 
 def _load_processor(path: str) -> sentencepiece.SentencePieceProcessor:
@@ -96,7 +122,7 @@ def output_pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
 
 def _read_units(path: str) -> list[str]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = file.read().split("\n")
     except OSError as error:
         raise ValueError(f"{path}: cannot read the units file: {error.strerror}") from None
@@ -104,9 +130,10 @@ def _read_units(path: str) -> list[str]:
         raise ValueError(f"{os.fspath(path)}: the units file is not UTF-8 text") from None
     units = []
     for number, line in enumerate(lines, start=1):
-        words = line.split()
-        if not words:
+        line = line.strip(" \t")  # Other white space may be a piece.
+        if not line:
             continue
+        words = SEPARATOR.split(line)
         if len(words) != 2 or words[1] != str(len(units) + 1):
             raise ValueError(
                 f"{path}, line {number}: got {line!r}, expected 'piece {len(units) + 1}'"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MODEL_TYPES = ("unigram", "bpe")
-TEXT_FIELD = 3  # of a label list's row, counted from 0
+LINE_END = re.compile("\r\n|\r|\n")  # not U+2028 and the like, which are text
 # A seed piece's count before the first pass; characters count as they occur. With a low one the
 # characters win, and training drops the seed.
 SEED_FREQUENCY = 1_000_000
@@ -100,33 +101,36 @@ def read_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     Raises:
         ValueError: A file cannot be read or is not UTF-8.
     """
-    return [text for path in paths for _, text in _numbered_lines(path)]
+    return [text for path in paths for text in _lines(path)]
 
 
-def read_label_sentences(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+def read_label_sentences(
+    paths: Sequence[str | os.PathLike[str]], label_format: str = "auto"
+) -> list[str]:
     """Read the text of label lists, rows of `dataset,relative/path.mp4,number of frames,text`.
 
+    Args:
+        paths: The lists, which are read as train.py reads them.
+        label_format: `text` if last fields that are all numbers are transcripts; `auto` refuses
+            them.
+
     Raises:
-        ValueError: A file cannot be read or is not UTF-8, a row has too few fields, or the last
-            fields of a list are token ids.
+        ValueError: A file cannot be read or is not UTF-8, a row is malformed, or the last fields
+            of a list look like token ids.
     """
+    from datamodule.label_list import LabelList
+
     sentences = []
     for path in paths:
-        texts = []
-        for number, line in _numbered_lines(path):
-            fields = line.split(",", TEXT_FIELD)
-            if len(fields) <= TEXT_FIELD:
-                raise ValueError(
-                    f"{path}, line {number}: got {len(fields)} fields, "
-                    "expected dataset,relative/path.mp4,number of frames,text"
-                )
-            texts.append(fields[TEXT_FIELD])
-        if texts and all(word.isdecimal() for text in texts for word in text.split()):
+        labels = LabelList("", os.path.abspath(path))
+        if not labels.has_labels:
+            raise ValueError(f"{path}: the rows have no last field, expected their transcripts")
+        if label_format == "auto" and not labels.is_text.any():
             raise ValueError(
-                f"{path}: the last field holds token ids, expected plain text: "
-                "train on the transcripts with --text"
+                f"{path}: the last field holds token ids, expected plain text: train on the "
+                "transcripts with --text, or give --label-format text if they are digits"
             )
-        sentences.extend(texts)
+        sentences.extend(labels.text(index) for index in range(len(labels)))
     return sentences
 
 
@@ -141,13 +145,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source.add_argument(
         "--labels", nargs="+", metavar="LIST", help="label lists with plain text in the last field"
     )
+    parser.add_argument(
+        "--label-format",
+        choices=("auto", "text"),
+        default="auto",
+        help="text: last fields that are all numbers are transcripts, not token ids",
+    )
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N")
     parser.add_argument("--model-type", choices=MODEL_TYPES, default="unigram")
     parser.add_argument("--output", required=True, metavar="PREFIX")
     options = parser.parse_args(arguments)
     try:
         sentences = (
-            read_sentences(options.text) if options.text else read_label_sentences(options.labels)
+            read_sentences(options.text)
+            if options.text
+            else read_label_sentences(options.labels, options.label_format)
         )
         units = train_tokenizer(
             sentences,
@@ -161,16 +173,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _numbered_lines(path: str | os.PathLike[str]) -> list[tuple[int, str]]:
-    """Read the lines of a file that are not blank, with their numbers from 1."""
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    """Read the lines of a file that are not blank."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: convert the file first") from error
-    lines = enumerate(text.splitlines(), start=1)
-    return [(number, line.strip()) for number, line in lines if line.strip()]
+    return [line.strip() for line in LINE_END.split(text) if line.strip()]
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def test_config_holds_every_option_and_the_versions(run_dir):
     release, theirs = (v.split("+")[0] for v in (config["versions"]["torch"], torch.__version__))
     assert release == theirs
     assert set(vars(train.train_parser().parse_args([]))) <= set(config)
+    lists = {name: "token ids of spm/unigram" for name in ("train.csv", "val.csv", "test.csv")}
+    assert config["label_lists"] == lists
 
 
 def test_metrics_have_a_row_an_epoch(run_dir):
@@ -280,6 +282,34 @@ def test_two_processes_lose_streams_each_on_its_own(train_arguments):
     assert done.returncode == 0, done.stderr
 
 
+def test_clips_without_transcripts_are_decoded(run_dir, corpus, tmp_path, capsys):
+    rows = (corpus / "labels/test.csv").read_text().splitlines()
+    clips = corpus / "labels/clips.csv"
+    clips.write_text("".join(f"{row.rpartition(',')[0]}\n" for row in rows))
+    name = "hypotheses_audiovisual_clean.jsonl"
+    arguments = ["--pretrained-model-path", str(run_dir / "model_avg_10.pth")]
+    arguments += ["--root-dir", str(corpus), "--test-file", clips.name]
+    evaluation.main([*arguments, "--output-dir", str(tmp_path)])
+    clips.unlink()
+    assert "no transcripts to score" in capsys.readouterr().out
+    expected = [{**line, "reference": None} for line in read_lines(run_dir / "test" / name)]
+    assert read_lines(tmp_path / name) == expected
+
+
+def test_silence_is_trained_and_scored(train_arguments, corpus):
+    rows = (corpus / "labels/train.csv").read_text().splitlines()
+    silent = [row if number else f"{row.rpartition(',')[0]}," for number, row in enumerate(rows)]
+    path = corpus / "labels/silent.csv"
+    path.write_text("".join(f"{row}\n" for row in silent))
+    lists = [f"--{name}-file=silent.csv" for name in ("train", "val", "test")]
+    train.main(train_arguments("silence", "audio", "--max-epochs", "1", *lists))
+    path.unlink()
+    (summary,) = json.loads((train_arguments.exp_dir / "silence/test/summary.json").read_text())
+    assert summary["utterances"] == len(rows)
+    metrics = (train_arguments.exp_dir / "silence/metrics.csv").read_text()
+    assert "nan" not in metrics
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["modality"])
 def test_auto_avsr_checkpoints_are_evaluated(case, corpus, tmp_path, capsys):
     """A plain state dict, with the modality and sizes told by flags."""
@@ -458,12 +488,14 @@ def test_whatever_is_wrong_with_an_utterance_can_be_skipped(
     root = tmp_path / "corpus"
     shutil.copytree(corpus, root)
     transcripts = (line.split(maxsplit=1) for line in open(root / "labels/train.txt"))
-    rows = [f"demo,{name}.mp4,40,{text.strip()}\n" for name, text in transcripts]
-    silent = f"demo,{rows[5].split(',')[1]},40,\u200b\u200b\n"
+    listed = [row.split(",") for row in (root / "labels/train.csv").read_text().splitlines()]
+    frames = {clip: number for _, clip, number, _ in listed}
+    rows = [f"demo,{n}.mp4,{frames[f'{n}.mp4']},{text.strip()}\n" for n, text in transcripts]
+    silent = f"{rows[5].rsplit(',', 1)[0]},\u200b\u200b\n"
     (root / "labels/train.csv").write_text("".join([*rows, silent]))
     for file, row in (("train", 1), ("train", 2), ("val", 0)):
-        clip = (root / f"labels/{file}.csv").read_text().splitlines()[row].split(",")[1]
-        write_video(root / "demo" / clip, np.zeros((40, 24, 24), np.uint8))
+        line = (root / f"labels/{file}.csv").read_text().splitlines()[row].split(",")
+        write_video(root / "demo" / line[1], np.zeros((int(line[2]), 24, 24), np.uint8))
     (root / "demo" / rows[3].split(",")[1]).unlink()
     arguments = train_arguments("varied", "video", "--root-dir", str(root))
     assert "does not exist, but" in error_of(capsys, train, arguments)
@@ -582,6 +614,7 @@ def test_a_vocabulary_that_was_replaced_in_place_is_not_taken(
     moved.parent.mkdir()
     shutil.copyfile(run_dir / "model_avg_10.pth", moved)
     out = ["--test-file", "test.csv", "--output-dir", str(tmp_path / "out")]
+    root += ["--label-format", "ids"]
     average = ["--pretrained-model-path", str(run_dir / "model_avg_10.pth")]
     evaluation.main([*average, *root, *out])
     name = "hypotheses_audiovisual_clean.jsonl"
@@ -614,7 +647,7 @@ def test_checkpoints_that_do_not_tell_their_vocabulary_load_as_before(
     config["sp_model_path"] = str(replaced_vocabulary / "spm/unigram.model")
     config["dict_path"] = str(replaced_vocabulary / "spm/unigram_units.txt")
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    arguments = ["--root-dir", str(corpus), "--test-file", "test.csv"]
+    arguments = ["--root-dir", str(corpus), "--test-file", "test.csv", "--label-format", "ids"]
     evaluation.main(["--pretrained-model-path", str(run / "model_avg_10.pth"), *arguments])
 
 

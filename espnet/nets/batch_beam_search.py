@@ -5,6 +5,7 @@ JSTSP 11(8), 2017, with a pre-beam: partial scorers see the best tokens of anoth
 Scores by length, and the rules that go with them, are those of transformers' ``generate``.
 """
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,7 +105,7 @@ class BatchBeamSearch:
             out, or if the pre-beam would hold the whole vocabulary.
         pre_beam_ratio: Size of the pre-beam in beam sizes.
         max_tokens: Most tokens of a hypothesis by the frames of its utterance, whatever the ratio
-            of a call; None for no such limit.
+            of a call; None for as many as frames, unless a call says otherwise.
         end_when_beaten: Whether the search of an utterance is over when K hypotheses have ended,
             none of them worse than the best that runs (with a beam of 1, when one has), and K go
             on beside those that end, as in transformers' ``generate``; otherwise those that end
@@ -189,8 +190,8 @@ class BatchBeamSearch:
             memory_lengths: Frames of each utterance (B,), int64, on the host; with (B, T, D) only.
             video: Beside the memory of a batch; passed on to the scorers.
             maxlenratio: Most tokens of a hypothesis, in frames of the utterance, but at least 1;
-                a negative value is a number of tokens. 0 means as many as frames, and that the
-                search ends earlier when longer hypotheses have become too improbable.
+                a negative value is a number of tokens. 0 means as many as `max_tokens` says, and
+                that the search ends earlier when longer hypotheses have become too improbable.
             minlenratio: Fewest tokens, in frames; a negative value is a number of tokens.
 
         Returns:
@@ -213,6 +214,24 @@ class BatchBeamSearch:
         encoded = Encoded(memory, memory_lengths, video)
         return self._search(encoded, maxlenratio, minlenratio)
 
+    def most_tokens(self, frames: int, ratio: float = 0.0) -> int:
+        """Return the most tokens of a hypothesis; none for an utterance without frames.
+
+        Args:
+            frames: Of the utterance.
+            ratio: As `maxlenratio`.
+        """
+        most = frames if self.max_tokens is None else self.max_tokens(frames)
+        if frames == 0 or ratio == 0:
+            return min(frames, 1) * most
+        most = sys.maxsize if self.max_tokens is None else most
+        return min(most, max(1, _token_limit(frames, ratio)))
+
+    def is_cut(self, hypothesis: Hypothesis, frames: int) -> bool:
+        """Whether a hypothesis did not end by itself, but at the most tokens that it may have."""
+        # The start symbol, the tokens, and the end symbol, which is added where it is missing.
+        return len(hypothesis.yseq) == self.most_tokens(frames) + 2
+
     def _search(
         self, encoded: Encoded, maxlenratio: float, minlenratio: float
     ) -> list[list[Hypothesis]]:
@@ -223,12 +242,12 @@ class BatchBeamSearch:
             normalize=self.length_normalization,
         )
         frames = memory_lengths.tolist()
-        max_lengths = [_most_tokens(count, maxlenratio) for count in frames]
+        max_lengths = [self.most_tokens(count, maxlenratio) for count in frames]
         min_lengths = [_token_limit(count, minlenratio) for count in frames]
         if self.max_tokens is not None:
-            limits = [self.max_tokens(count) for count in frames]
-            max_lengths = list(map(min, max_lengths, limits))
-            min_lengths = list(map(min, min_lengths, limits))
+            min_lengths = [
+                min(n, self.max_tokens(f)) for n, f in zip(min_lengths, frames, strict=True)
+            ]
         steps = max(max_lengths, default=0)
         if steps == 0:
             return history.nbest()
@@ -539,10 +558,3 @@ def _active_scorers(
 def _token_limit(frames: int, ratio: float) -> int:
     """Return a number of tokens from a ratio to the frames, or a negated number."""
     return int(ratio * frames) if ratio >= 0 else -int(ratio)
-
-
-def _most_tokens(frames: int, ratio: float) -> int:
-    """Return the most tokens of a hypothesis; none for an utterance without frames."""
-    if frames == 0 or ratio == 0:
-        return frames
-    return max(1, _token_limit(frames, ratio))

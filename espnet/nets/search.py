@@ -6,6 +6,12 @@ from espnet.nets.scorers.ctc import CTCPrefixScorer
 from espnet.nets.scorers.length_bonus import LengthBonus
 from espnet.nets.search_options import SearchOptions
 
+# Most tokens of a hypothesis that is searched without CTC, if the decoder can write more: Telugu
+# and Burmese may have 2 to 3 tokens a character, which is about 2 a frame. Few frames are no reason
+# to stop earlier than Whisper does.
+TOKENS_PER_FRAME = 4
+TOKENS_ANYWAY = 448
+
 
 def build_beam_search(model: E2E, options: SearchOptions, token_list: list[str]) -> BatchBeamSearch:
     """Joint CTC/attention search over a model's vocabulary.
@@ -25,8 +31,10 @@ def build_beam_search(model: E2E, options: SearchOptions, token_list: list[str])
     ctc_weight, most = options.ctc_decode_weight, options.max_dec_tokens
 
     def limit(frames: int) -> int:
-        of_decoder = model.decoder.max_tokens(frames)
-        return of_decoder if most is None else min(of_decoder, most)
+        usual = most or max(TOKENS_ANYWAY, TOKENS_PER_FRAME * frames)
+        if ctc_weight:  # It aligns a token to a frame at least.
+            usual = min(usual, frames)
+        return min(usual, model.decoder.max_tokens(frames))
 
     # Pretrained decoders that are searched without CTC end as transformers' `generate` does.
     as_generate = model.options.decoder.choice.pretrained and not ctc_weight

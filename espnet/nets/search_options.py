@@ -38,7 +38,9 @@ class SearchOptions:
     )
     max_dec_tokens: int | None = option(
         None,
-        "most tokens of a transcript (default: as many as frames)",
+        "most tokens of a transcript (default: as many as frames, which is the most with CTC; "
+        "without CTC, as many as the decoder has positions for, but at most 448, or 4 a frame if "
+        "that is more)",
         kind=COUNT,
         metavar="N",
     )

@@ -1,6 +1,7 @@
 """Scoring of a recogniser under several conditions: decoding, error rates, files and report."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader
 from datamodule.av_dataset import AVDataset
 from datamodule.data_module import DataModule
 from espnet.formats import CLEAN_SNR, VIDEO_RATE
-from espnet.utils.hypotheses import ERROR, HypothesisFiles
+from espnet.utils.hypotheses import CUT, ERROR, HypothesisFiles
 from espnet.utils.text_normalization import normalizer
+
+log = logging.getLogger(__name__)
 
 OfUtterance = TypeVar("OfUtterance")  # has the `index` of an utterance
 
@@ -32,6 +35,7 @@ class Decoded:
     # Time that decoding took, shared out over the utterances of the batch; None if none was.
     seconds: float | None
     error: str | None = None  # why the clip could not be read
+    is_cut: bool = False  # whether the hypothesis has as many tokens as it may, and no end
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,14 @@ class Scoring(pl.LightningDataModule):
     def lines(self, results: Sequence[Decoded], condition: Condition) -> list[dict[str, Any]]:
         """What the file of hypotheses has of some results."""
         dataset = self.dataset(condition)
+        has_labels = dataset.labels.has_labels
         return [
             {
                 "id": dataset.utterance_id(result.index),
-                "reference": dataset.reference(result.index),
+                "reference": dataset.reference(result.index) if has_labels else None,
                 "hypothesis": result.hypothesis,
                 "score": result.score,
+                **({CUT: True} if result.is_cut else {}),
                 **({} if result.error is None else {ERROR: result.error}),
             }
             for result in results
@@ -162,12 +168,12 @@ def found_in(lines: list[dict[str, Any]], dataset: AVDataset) -> list[Decoded]:
     if not lines:
         return []
     by_id = {line["id"]: line for line in lines}
-    ids = map(dataset.utterance_id, range(len(dataset)))
-    return [
-        Decoded(index, by_id[name]["hypothesis"], by_id[name]["score"], None)
-        for index, name in enumerate(ids)
-        if name in by_id
-    ]
+    found = []
+    for index in range(len(dataset)):
+        if line := by_id.get(dataset.utterance_id(index)):
+            text, score = line["hypothesis"], line["score"]
+            found.append(Decoded(index, text, score, None, is_cut=CUT in line))
+    return found
 
 
 def conditions_of(modality: str, snrs: Sequence[float]) -> list[Condition]:
@@ -228,11 +234,26 @@ def evaluate(
     for condition, found in zip(conditions, scoring.decoded, strict=True):
         decoded = gather(found)
         if trainer.is_global_zero:
+            dataset = scoring.dataset(condition)
+            if not summaries and dataset.labels.has_labels:
+                warn_of_changes(dataset, [result.index for result in decoded])
             files.finish(condition.name, scoring.lines(decoded, condition))
             summaries.append(summary_of(decoded, scoring, condition, normalize))
     if trainer.is_global_zero:
         files.summarise(summaries)
     return summaries
+
+
+def warn_of_changes(dataset: AVDataset, indices: Sequence[int]) -> None:
+    """Logs how many references the vocabulary writes otherwise, in more than case and spaces."""
+    pairs = [(dataset.text(index), dataset.reference(index)) for index in indices]
+    changed = [(a, b) for a, b in pairs if a.lower().split() != b.lower().split()]
+    if changed:
+        before, after = (text if len(text) <= 80 else f"{text[:80]}..." for text in changed[0])
+        log.warning(
+            "%d of %d references are scored as the vocabulary writes them, the first as %r, not %r",
+            *(len(changed), len(pairs), after, before),
+        )
 
 
 def gather(found: list[OfUtterance]) -> list[OfUtterance]:
@@ -250,10 +271,10 @@ def summary_of(
     """Sums up the errors of all utterances under a condition; texts are normalised before.
 
     Returns:
-        Condition, normaliser, error rates and counts, clips that could not be read, real-time
-        factor (of what was decoded now; None if nothing was).
+        Condition, normaliser, error rates and counts (null without transcripts), clips that could
+        not be read, real-time factor (of what was decoded now; None if nothing was).
     """
-    dataset, clean = scoring.dataset(condition), normalizer(normalize)
+    dataset = scoring.dataset(condition)
     bad = [
         {"id": dataset.utterance_id(result.index), ERROR: result.error}
         for result in decoded
@@ -261,10 +282,19 @@ def summary_of(
     ]
     if scoring.skip_bad_clips:
         decoded = [result for result in decoded if result.error is None]
-    words, characters = count_errors(
-        [clean(dataset.reference(result.index)) for result in decoded],
-        [clean(result.hypothesis) for result in decoded],
-    )
+    errors = dict.fromkeys(("wer", "cer", "words", "characters"))
+    if dataset.labels.has_labels:
+        clean = normalizer(normalize)
+        words, characters = count_errors(
+            [clean(dataset.reference(result.index)) for result in decoded],
+            [clean(result.hypothesis) for result in decoded],
+        )
+        errors = {
+            "wer": words.rate,
+            "cer": characters.rate,
+            "words": dataclasses.asdict(words),
+            "characters": dataclasses.asdict(characters),
+        }
     timed = [result for result in decoded if result.seconds is not None]
     duration = sum(int(dataset.labels.num_frames[result.index]) for result in timed) / VIDEO_RATE
     return {
@@ -273,10 +303,8 @@ def summary_of(
         "utterances": len(decoded),
         "bad_clips": bad,
         "skip_bad_clips": scoring.skip_bad_clips,
-        "wer": words.rate,
-        "cer": characters.rate,
-        "words": dataclasses.asdict(words),
-        "characters": dataclasses.asdict(characters),
+        "cut_hypotheses": sum(result.is_cut for result in decoded),
+        **errors,
         "real_time_factor": sum(r.seconds for r in timed) / duration if timed else None,
         "hypotheses": scoring.files.path(condition.name).name,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -304,7 +332,9 @@ def format_summaries(summaries: list[dict]) -> str:
         name = Condition(summary["modality"], summary["snr"]).name
         parts = []
         for title, kind in (("WER", "words"), ("CER", "characters")):
-            counts = summary[kind]
+            if (counts := summary[kind]) is None:
+                parts = ["no transcripts to score"]
+                continue
             parts.append(
                 f"{title} {100 * summary[title.lower()]:.2f} % ({counts['substitutions']} sub, "
                 f"{counts['deletions']} del, {counts['insertions']} ins of {counts['reference']})"
@@ -315,6 +345,12 @@ def format_summaries(summaries: list[dict]) -> str:
         if bad := summary["bad_clips"]:
             parts.append(f"{len(bad)} bad clips {_what_became_of_them(summary)}")
         lines.append(f"{name}: {', '.join(parts)}, normaliser {summary['normalize']}")
+        if cut := summary["cut_hypotheses"]:
+            lines.append(
+                f"{name}: {cut} hypotheses were cut at the most tokens that they may have: raise "
+                "--max-dec-tokens, or, if CTC has a share, which takes a frame for each token, "
+                "search without it (--ctc-decode-weight 0)"
+            )
     return "\n".join(lines)
 
 

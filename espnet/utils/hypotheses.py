@@ -10,6 +10,7 @@ from espnet.utils.recovery.checkpoint_io import whole_file, write_errors
 SUMMARY = "summary.json"
 SETTINGS = "decoding.json"  # beside hypotheses until they are complete
 ERROR = "error"  # of a line: why the clip could not be read
+CUT = "cut"  # of a line: that the hypothesis has as many tokens as it may, and no end
 
 
 class HypothesisFiles:

@@ -29,7 +29,7 @@ def root_dir(tmp_path_factory):
         pictures = rng.integers(0, 256, (length, 96, 96), np.uint8)
         write_video(root / "set" / f"{index}.mp4", pictures)
         write_audio(root / "set" / f"{index}.wav", rng.normal(0, 0.1, 640 * length))
-        rows.append(f"set,{index}.mp4,{length},1 2 3\n")
+        rows.append(f"set,{index}.mp4,{length},2 3 4\n")
     (root / "labels" / "train.csv").write_text("".join(rows))
     return str(root)
 
@@ -74,7 +74,7 @@ def test_lists_name_the_files_that_are_made(tmp_path, monkeypatch):
     data.write_files(str(tmp_path), 50)
     labels = LabelList(str(tmp_path), "train.csv")
     assert len(labels) == 50
-    assert labels.holds_ids
+    assert not labels.is_text.any()
     assert all(len(labels.token_ids(row)) == data.TOKENS_PER_ROW for row in range(50))
     named = [labels.path(row) for row in range(50)]
     assert sorted(named) == sorted(map(str, (tmp_path / "set").rglob("*.mp4")))

@@ -11,6 +11,7 @@ from media_files import make_picture, make_speech, write_flash_and_click, write_
 from datamodule.av_dataset import AVDataset
 from datamodule.bad_clip import BadClip
 from datamodule.label_list import LabelList
+from datamodule.loaders import collate_pad
 from datamodule.media import MediaError, read_audio, read_video, write_audio, write_video
 from datamodule.noise import BabbleNoise
 from datamodule.transforms import AudioTransform, VideoTransform
@@ -78,6 +79,17 @@ def test_ids_of_one_vocabulary_become_ids_of_another(make_dataset, text_transfor
         assert torch.equal(dataset.target(index), Letters().tokenize(dataset.text(index)))
 
 
+@pytest.mark.parametrize("others", ["text.csv", "ids.csv"])
+def test_silence_has_an_empty_target(make_dataset, corpus, others):
+    rows = (corpus.root / "labels" / others).read_text().splitlines()
+    dataset = make_dataset(corpus.write_list("silence.csv", [*rows, "set,clips/0.mp4,20,"]))
+    assert dataset.reference(5) == ""
+    batch = collate_pad([dataset[5], dataset[0]])
+    assert batch["target_lengths"].tolist() == [0, len(dataset.target(0))]
+    assert (batch["targets"][0] == -1).all()
+    assert collate_pad([dataset[5]])["targets"].shape == (1, 0)
+
+
 def test_ids_outside_the_vocabulary(make_dataset):
     with pytest.raises(ValueError, match=r"ids.csv, line \d: token id \d+ is outside .* 1 to 26"):
         make_dataset(text_transform=Letters())
@@ -139,7 +151,7 @@ def test_flash_and_click_stay_together(make_dataset, corpus, suffix, video_start
     path = corpus.root / "set" / f"a.{suffix}"
     at = video_start + 1.8
     write_flash_and_click(path, video_start=video_start, audio_start=audio_start, at=at)
-    item = make_dataset(corpus.write_list("one.csv", [f"set,a.{suffix},75,1"]))[0]
+    item = make_dataset(corpus.write_list("one.csv", [f"set,a.{suffix},75,bin"]))[0]
     flash = (item["video"].mean((1, 2, 3)) > 0).int().argmax().item() / 25
     click = (item["audio"] > 0.4).int().argmax().item() / 16000
     assert flash == pytest.approx(1.8)
@@ -150,7 +162,7 @@ def test_flash_and_click_stay_together(make_dataset, corpus, suffix, video_start
 @pytest.mark.parametrize("streams", [("video",), ("audio",), ("video", "audio")])
 @pytest.mark.parametrize("number", [1, 15, 33, 120])
 def test_clips_far_from_their_number(make_dataset, corpus, caplog, streams, number):
-    file = corpus.write_list("one.csv", [f"set,clips/1.mp4,{number},1"])
+    file = corpus.write_list("one.csv", [f"set,clips/1.mp4,{number},bin"])
     message = rf"1.mp4: it has 24 frames at 25 a second, expected about {number}, .*one.csv, line 1"
     with pytest.raises(MediaError, match=message):
         make_dataset(file, streams=streams)[0]
@@ -177,7 +189,7 @@ def test_a_clip_that_was_cut_off(make_dataset, corpus, kept):
     whole = round(kept / 0.6)
     write_video(corpus.root / "set" / "a.mp4", make_picture(kept))
     write_audio(corpus.root / "set" / "a.wav", make_speech(640 * kept))
-    file = corpus.write_list("one.csv", [f"set,a.mp4,{whole},1", f"set,a.mp4,{kept},1"])
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{whole},bin", f"set,a.mp4,{kept},bin"])
     dataset = make_dataset(file)
     if whole > kept + 1:
         with pytest.raises(MediaError, match=f"it has {kept} frames at 25 a second"):
@@ -190,7 +202,7 @@ def test_a_clip_that_was_cut_off(make_dataset, corpus, kept):
 def test_numbers_of_other_frame_rates_may_be_rounded(make_dataset, corpus, fps, count, rounded):
     write_video(corpus.root / "set" / "a.mp4", make_picture(count), fps=fps)
     number = rounded(count / fps * 25)
-    file = corpus.write_list("one.csv", [f"set,a.mp4,{number},1"])
+    file = corpus.write_list("one.csv", [f"set,a.mp4,{number},bin"])
     assert abs(len(make_dataset(file, streams=("video",))[0]["video"]) - number) <= 1
 
 
@@ -198,14 +210,14 @@ def test_numbers_of_other_frame_rates_may_be_rounded(make_dataset, corpus, fps, 
 def test_late_sound_alone_has_its_number(make_dataset, corpus, video_start, audio_start):
     path = corpus.root / "set" / "a.mkv"
     write_flash_and_click(path, video_start=video_start, audio_start=audio_start)
-    file = corpus.write_list("one.csv", ["set,a.mkv,75,1"])
+    file = corpus.write_list("one.csv", ["set,a.mkv,75,bin"])
     assert "audio" in make_dataset(file, streams=("audio",))[0]
 
 
 def test_a_sound_track_that_ends_early(make_dataset, corpus):
     samples = np.full((1, 640 * 20), 0.1, np.float32)
     write_sound_track(corpus.root / "set" / "a.mp4", samples, frames=make_picture(40))
-    dataset = make_dataset(corpus.write_list("one.csv", ["set,a.mp4,40,1"]))
+    dataset = make_dataset(corpus.write_list("one.csv", ["set,a.mp4,40,bin"]))
     with pytest.raises(MediaError, match=r"a.mp4: the video lasts 1.60 s and the audio 0.8"):
         dataset[0]
 

@@ -2,8 +2,11 @@
 
 import logging
 import multiprocessing
+import re
 import types
 import warnings
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,6 +321,76 @@ def test_spawned_workers_give_the_same_batches(make):
         assert all(torch.equal(batch[name], other[name]) for name in ("videos", "audios"))
 
 
+def test_what_a_list_holds_is_told_once(make, caplog, sp_model_path):
+    caplog.set_level(logging.INFO)
+    data = make(snr_targets=(0.0, 999999))
+    data.setup()
+    folder = Path(sp_model_path).parent.name
+    expected = {"ids.csv": f"token ids of {folder}/bpe", "text.csv": "text"}
+    assert data.contents == expected
+    told = [record.message for record in caplog.records if ".csv: " in record.message]
+    assert told == [f"{file}: {what}" for file, what in expected.items()]
+
+
+@pytest.mark.parametrize("label_format", ["auto", "ids", "text"])
+def test_digits_are_what_the_option_says(make, corpus, label_format):
+    rows = [f"set,clips/{index}.mp4,20,2 3 8" for index in range(2)]
+    data = make(train_file=corpus.write_list("digits.csv", rows), label_format=label_format)
+    if label_format == "auto":
+        with pytest.raises(ValueError, match=r"digits.csv, line 1: .* give --label-format"):
+            data.setup("fit")
+    elif label_format == "ids":
+        data.setup("fit")
+        assert data.train_dataset.target(0).tolist() == [2, 3, 8]
+    else:
+        with pytest.raises(ValueError, match=r"the model's vocabulary cannot write '2'"):
+            data.setup("fit")
+
+
+@pytest.mark.parametrize("change", [str.upper, partial(re.sub, "[a-z]", "\u0440")])
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_text_of_another_vocabulary_is_refused(make, corpus, change, stage):
+    rows = [f"set,clips/{n}.mp4,20,{change(text)}" for n, text in enumerate(corpus.texts)]
+    name = corpus.write_list("other.csv", rows)
+    data = make(train_file=name, test_file=name, val_file=None)
+    message = r"other.csv, line 1: .* cannot write '.*'; \d+.\d% of .*--sp-model-path"
+    with pytest.raises(ValueError, match=message) as error:
+        data.setup(stage)
+    assert "\n" not in str(error.value)
+
+
+def test_a_few_unknown_letters_are_told(make, corpus, caplog, text_transform):
+    texts = [*corpus.texts[:4], f"{corpus.texts[4]} Q"]
+    rows = [f"set,clips/{n}.mp4,20,{text}" for n, text in enumerate(texts)]
+    make(train_file=corpus.write_list("few.csv", rows), val_file=None).setup("fit")
+    (record,) = caplog.records
+    tokens = torch.cat([text_transform.tokenize(text) for text in texts])
+    share = 100 * int((tokens == 1).sum()) / len(tokens)
+    assert (
+        f"few.csv, line 5: the model's vocabulary cannot write 'Q'; {share:.1f}%" in record.message
+    )
+
+
+def test_ids_of_unknown_letters_count_too(make, corpus):
+    rows = [f"set,clips/{n}.mp4,20,1 12 1 13" for n in range(5)]
+    name = corpus.write_list("unknown.csv", rows)
+    with pytest.raises(ValueError, match=r"cannot write '<unk>'; 50.0% of the tokens"):
+        make(train_file=name, val_file=None, label_format="ids").setup("fit")
+
+
+def test_only_a_test_list_may_lack_transcripts(make, corpus):
+    rows = [f"set,clips/{n}.mp4,{20 + 4 * n}" for n in range(5)]
+    name = corpus.write_list("clips.csv", rows)
+    data = make(test_file=name)
+    data.setup("test")
+    assert data.contents == {name: "no transcripts"}
+    (batch,) = data.test_dataloader()
+    assert batch["targets"].shape == (5, 0)
+    for subset in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"clips.csv has no transcripts, which {subset} "):
+            make(**{f"{subset}_file": name}).setup("fit")
+
+
 @pytest.mark.parametrize("streams", [(), ("lidar",)])
 def test_unknown_streams(make, streams):
     with pytest.raises(ValueError, match=r"expected some of \('video', 'audio'\)"):
@@ -332,7 +405,7 @@ def folders(corpus):
         path = corpus.root / "set" / f"{row % 2}" / f"{row}.mp4"
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        rows.append(f"set,{row % 2}/{row}.mp4,20,1")
+        rows.append(f"set,{row % 2}/{row}.mp4,20,bin")
     corpus.write_list("folders.csv", rows)
     return corpus.root / "set"
 

@@ -1,5 +1,8 @@
 """Tests of datamodule/label_list.py."""
 
+import csv
+import io
+
 import pytest
 
 from datamodule import label_list
@@ -20,7 +23,7 @@ def write(tmp_path):
 def test_rows_of_token_ids(write, tmp_path):
     labels = write("lrs3,a/b.mp4,25,1 2 30\nlrs2,c d.mp4,100,4\n")
     assert len(labels) == 2
-    assert labels.holds_ids
+    assert not labels.is_text.any()
     assert labels.num_frames.tolist() == [25, 100]
     assert [labels.token_ids(index) for index in range(2)] == [[1, 2, 30], [4]]
     assert labels.path(0) == str(tmp_path / "lrs3" / "a" / "b.mp4")
@@ -32,19 +35,66 @@ def test_rows_of_token_ids(write, tmp_path):
 
 def test_rows_of_text_may_hold_commas_and_numbers(write):
     labels = write("s,a.mp4,25,well, hello, you\ns,b.mp4,3,1984\ns,c.mp4,3,grüße\n")
-    assert not labels.holds_ids
+    assert labels.is_text.tolist() == [True, False, True]
     assert [labels.text(index) for index in range(3)] == ["well, hello, you", "1984", "grüße"]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", [True, False])
 def test_line_ends_blank_lines_and_byte_order_mark(write, end, last):
     text = "\ufeff" + end.join(["s,a.mp4,25,1 2", "", "  ", "s,b.mp4,3,3 "]) + (end if last else "")
     labels = write(text)
-    assert labels.holds_ids
+    assert not labels.is_text.any()
     assert [labels.token_ids(index) for index in range(2)] == [[1, 2], [3]]
     assert labels.utterance_id(0) == "s/a"
     assert labels.where(1).endswith("line 4")
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_rows_for_decoding_have_no_last_field(write, end):
+    labels = write("s,a.mp4,25\n\ns,b.mp4,3" + end)
+    assert not labels.has_labels
+    assert labels.num_frames.tolist() == [25, 3]
+    assert [labels.text(index) for index in range(2)] == ["", ""]
+    assert labels.path(1).endswith("/s/b.mp4")
+    assert write('"s","a.mp4","25"\n').num_frames.tolist() == [25]
+
+
+@pytest.mark.parametrize("empty", ["", " ", '""'])
+def test_an_empty_last_field_is_silence(write, empty):
+    labels = write(f"s,a.mp4,25,1 2\ns,b.mp4,3,{empty}\ns,c.mp4,3,{empty}")
+    assert labels.has_labels
+    assert labels.is_empty.tolist() == [False, True, True]
+    assert not labels.is_text.any()
+    labels.check_token_ids(2)
+    assert [labels.token_ids(index) for index in range(3)] == [[1, 2], [], []]
+    assert labels.text(2) == ""
+
+
+def test_separators_of_unicode_are_text(write):
+    labels = write("s,a.mp4,25,one\u2028two\x0bthree\u0085\ns,b.mp4,3,four\n")
+    assert [labels.text(index) for index in range(2)] == ["one\u2028two\x0bthree", "four"]
+    assert labels.where(1).endswith("line 2")
+
+
+def test_rows_of_a_csv_writer(write):
+    """What Python's csv module writes is read as it reads it."""
+    texts = ["well, you", 'the "end"', '"all"', "plain", 'a "b" c, d', "2 3", '""']
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC):
+        file = io.StringIO()
+        rows = [["s", f"a/{n}.mp4", n + 1, text] for n, text in enumerate(texts)]
+        csv.writer(file, quoting=quoting).writerows(rows)
+        labels = write(file.getvalue())
+        assert [labels.text(index) for index in range(len(rows))] == texts
+        assert [labels.utterance_id(n) for n in range(len(rows))] == [f"s/a/{n}" for n in range(7)]
+        assert labels.num_frames.tolist() == [row[2] for row in rows]
+        assert labels.is_text.tolist() == [text != "2 3" for text in texts]
+
+
+def test_quotes_that_no_csv_writer_makes_are_text(write):
+    texts = ['"yes" he said "no"', 'open "', '"open', 'a "b"', '"yes", he said']
+    labels = write("".join(f"s,a.mp4,25,{text}\n" for text in texts))
+    assert [labels.text(index) for index in range(len(texts))] == texts
 
 
 @pytest.mark.parametrize("holds_ids", [True, False])
@@ -53,7 +103,7 @@ def test_long_lists_are_read_in_pieces(write, monkeypatch, holds_ids):
     words = ["1 2", "3 4 5"] if holds_ids else ["a, b", "c"]
     rows = [(f"set,clip{n}.mp4", n + 1, words[n % 2]) for n in range(100)]
     labels = write("".join(f"{name},{frames},{text}\n" for name, frames, text in rows))
-    assert labels.holds_ids == holds_ids
+    assert labels.is_text.all() != holds_ids
     assert labels.num_frames.tolist() == [row[1] for row in rows]
     assert [labels.text(index) for index in range(100)] == [row[2] for row in rows]
     assert [labels.utterance_id(index) for index in range(100)] == [
@@ -67,7 +117,9 @@ def test_long_lists_are_read_in_pieces(write, monkeypatch, holds_ids):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("s,b.mp4,25", "line 3: got 's,b.mp4,25', expected 'dataset,"),
+        ("s,b.mp4", "line 3: got 's,b.mp4', expected 'dataset,"),
+        ("s,b.mp4,", "line 3: got 's,b.mp4,'"),
+        ("s,b.mp4,x", "line 3: got 's,b.mp4,x'"),
         ("s,b.mp4,x,1", "line 3: got 's,b.mp4,x,1'"),
         ("s,b.mp4,0,1", "line 3: got"),
         ("s,b.mp4,-5,1", "line 3: got"),
@@ -75,10 +127,7 @@ def test_long_lists_are_read_in_pieces(write, monkeypatch, holds_ids):
         ("s,b.mp4,,1", "line 3: got"),
         ("s,b.mp4,1234567890,1", "line 3: got"),
         ("s,,25,1", "line 3: got"),
-        ("s,b.mp4,25,", "line 3: got"),
-        ("s,b.mp4,25, ", "line 3: got"),
-        ("s,b.mp4,25,1 x", "line 3: got '1 x', expected token ids"),
-        ("s,b.mp4,25,-5", "line 3: got '-5', expected token ids"),
+        ("s,b.mp4,25", "line 3: got 's,b.mp4,25', expected 'dataset,.* a comma must follow"),
         (b"s,b.mp4,25,\xff", "line 3: not UTF-8"),
     ],
 )

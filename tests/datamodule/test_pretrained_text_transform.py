@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -447,3 +448,29 @@ def test_special_tokens_without_a_row_are_harmless(llama):
         PretrainedTextTransform(prompt=(num_rows,), **options)
     with pytest.raises(ValueError, match="got an empty prompt"):
         PretrainedTextTransform(prompt=(), **options)
+
+
+def test_text_in_the_form_that_the_model_writes(tiny_checkpoints, changed):
+    decomposed = "cafe\u0301"
+    plain = load_llama(str(tiny_checkpoints / "llama"))
+    assert plain.normalize(decomposed) == plain.post_process(plain.tokenize(decomposed))
+    folder = Path(changed("llama"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    composing = load_llama(str(folder))
+    assert composing.normalize(decomposed) == "caf\u00e9"
+    assert load_llama(str(folder), text_case="lower").normalize("CAFE\u0301") == "caf\u00e9"
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    # Letters that a tokenizer loses are errors of a model that cannot write them.
+    assert load_llama(str(folder)).normalize("caf\u00e9") == "caf\u00e9"
+
+
+def test_what_a_tokenizer_loses_is_listed(tiny_checkpoints, changed):
+    assert load_llama(str(tiny_checkpoints / "llama")).unknown("bin Ж\u00e9 7") == []
+    folder = Path(changed("llama"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.normalizer = normalizers.Replace("Ж", "")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert load_llama(str(folder)).unknown("bin Ж\u00e9Ж 7") == ["Ж", "Ж"]

@@ -7,6 +7,7 @@ import sentencepiece
 import torch
 
 from datamodule.text_transform import TextTransform
+from datamodule.train_tokenizer import train_tokenizer
 
 TEXT = "bin blue at again"
 
@@ -98,3 +99,65 @@ def test_bad_units(sp_model_path, tmp_path, text, message):
 def test_missing_units(sp_model_path, tmp_path):
     with pytest.raises(ValueError, match="cannot read the units file: No such file"):
         TextTransform(sp_model_path=sp_model_path, dict_path=str(tmp_path / "none.txt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ｂｉｎ　ｂｌｕｅ", "bin blue"),
+        ("bin\u2028 blue\u00a0at", "bin blue at"),
+        ("ﬁne ½ Äbc", "fine 1⁄2 Äbc"),
+        (" unknown: ж ", "unknown: ж"),
+        ("e\u0301", "é"),
+        ("\u200b", ""),
+    ],
+)
+def test_text_as_the_model_writes_it(text_transform, text, expected):
+    assert text_transform.normalize(text) == expected
+    assert text_transform.normalize(expected) == expected
+
+
+def test_what_a_perfect_model_writes_has_no_error(text_transform):
+    """Whatever forms the characters of a reference have."""
+    for text in ("ｂｉｎ　ｂｌｕｅ", "bin  again", "ｐｌｅａｓｅ\u3000now"):
+        hypothesis = text_transform.post_process(text_transform.tokenize(text))
+        assert text_transform.normalize(text) == hypothesis
+
+
+def test_what_has_no_token_is_listed(text_transform):
+    assert text_transform.unknown("bin ｂｌｕｅ at\u3000again") == []
+    assert text_transform.unknown("bin BLUE at Ж!") == ["BLUE", "Ж!"]
+    unknown = text_transform.token_list.index("<unk>")
+    assert (text_transform.tokenize("bin BLUE at Ж!") == unknown).sum() == 2
+
+
+def test_units_that_are_white_space_are_read_as_they_are_written(tmp_path):
+    """SentencePiece keeps some of Unicode's white space as letters."""
+    units = train_tokenizer(["x\u0085y z", "xy z"] * 10, tmp_path / "t", vocab_size=8)
+    assert "\u0085" in units
+    paths = {"sp_model_path": f"{tmp_path}/t.model", "dict_path": f"{tmp_path}/t_units.txt"}
+    assert TextTransform(**paths).token_list == ["<blank>", *units, "<eos>"]
+    lines = (tmp_path / "t_units.txt").read_bytes()
+    (tmp_path / "t_units.txt").write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+    assert TextTransform(**paths).token_list == ["<blank>", *units, "<eos>"]
+
+
+def test_byte_pieces_become_characters(tmp_path):
+    """As SentencePiece decodes them."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc ab", "ab c"] * 10),
+        model_prefix=str(tmp_path / "bytes"),
+        vocab_size=270,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    transform = TextTransform(sp_model_path=f"{tmp_path}/bytes.model")
+    processor = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/bytes.model")
+    for text in ("ab ж", "日本 c", "abc", "é"):
+        ids = transform.tokenize(text)
+        assert transform.post_process(ids) == processor.decode(processor.encode(text)) == text
+        assert transform.unknown(text) == []
+        assert transform.normalize(text) == text
+    half = transform.tokenize("ж")[:-1]
+    assert transform.post_process(half) == processor.decode(processor.encode("ж")[:-1])

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 import sentencepiece
 
+from datamodule.label_list import LabelList
 from datamodule.train_tokenizer import (
     main,
     read_label_sentences,
@@ -96,13 +97,45 @@ def test_label_text_may_hold_commas(tmp_path):
     assert read_label_sentences([file]) == ["yes, it is, 1 2", "1984"]
 
 
+def test_lists_are_read_as_in_training(tmp_path):
+    file = tmp_path / "train.csv"
+    rows = ['d,a.mp4,1,"well, you"', "d,b.mp4,2,one\u2028two", "", "d,c.mp4,3,3 4"]
+    file.write_bytes("\r".join(["\ufeff" + rows[0], *rows[1:]]).encode())
+    labels = LabelList("", str(file))
+    expected = ["well, you", "one\u2028two", "3 4"]
+    assert [labels.text(index) for index in range(len(labels))] == expected
+    assert read_label_sentences([file]) == expected
+    file.write_text("d,a.mp4,1,word\u2028word\nd,b.mp4,none,word\n", encoding="utf-8")
+    for read in (lambda: read_label_sentences([file]), lambda: LabelList("", str(file))):
+        with pytest.raises(ValueError, match=r"train.csv, line 2: got 'd,b.mp4,none,word'"):
+            read()
+
+
+def test_text_files_end_lines_as_lists_do(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffone\u2028two\rthree\u0085four\r\n".encode())
+    assert read_sentences([file]) == ["one\u2028two", "three\u0085four"]
+
+
+def test_transcripts_in_digits_are_told_from_ids_by_an_option(tmp_path, capsys):
+    file = tmp_path / "train.csv"
+    file.write_text("d,a.mp4,12,3 4 5\nd,b.mp4,9,7\n", encoding="utf-8")
+    assert read_label_sentences([file], "text") == ["3 4 5", "7"]
+    command = ["--labels", str(file), "--vocab-size", "8", "--output", str(tmp_path / "t")]
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert "--label-format text" in capsys.readouterr().err
+    assert main([*command, "--label-format", "text"]) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"d,a.mp4,12,3 4 5\nd,b.mp4,9,7\n", "token ids, expected plain text"),
-        (b"d,a.mp4,12,words\nd,b.mp4,9\n", "line 2: got 3 fields, expected dataset"),
+        (b"d,a.mp4,12,words\nd,b.mp4,9\n", "line 2: got 'd,b.mp4,9', expected 'dataset"),
+        (b"d,a.mp4,12\nd,b.mp4,9\n", "the rows have no last field"),
         (b"\xff\xfe", "not UTF-8"),
-        (None, r"cannot be read \(No such file"),
+        (None, "cannot read the label list: No such file"),
     ],
 )
 def test_command_line_refuses_lists_in_one_line(tmp_path, capsys, content, message):

@@ -46,7 +46,7 @@ class CTC(nn.Module):
         """CTC loss, averaged over the utterances of the batch.
 
         An utterance with fewer frames than its target needs has no alignment; it counts as zero
-        and gives no gradient.
+        and gives no gradient. One with an empty target, silence, is blank in all frames.
 
         Args:
             memory: Encoder output, (B, T, D).
@@ -59,6 +59,8 @@ class CTC(nn.Module):
         real = RealFrames.of(memory_lengths, memory)
         log_posteriors = self.log_softmax(self.dropout(real.pack(memory)))  # (N, V)
         target_lengths = (targets != self.ignore_id).sum(dim=1)
+        if targets.size(1) == 0:  # Not all devices take a tensor without columns.
+            targets = F.pad(targets, (0, 1), value=self.ignore_id)
         losses = F.ctc_loss(
             real.pad(log_posteriors).transpose(0, 1),  # (T, B, V)
             send(targets.clamp(min=0), memory.device),

@@ -50,7 +50,7 @@ class Setting:
             pre_beam_score_key=key,
         )
 
-    def slow(self, memory, *, maxlenratio=0.0, minlenratio=0.0):
+    def slow(self, memory, *, most=None, maxlenratio=0.0, minlenratio=0.0):
         def tokens(ratio):
             return int(ratio * len(memory)) if ratio >= 0 else -int(ratio)
 
@@ -63,7 +63,7 @@ class Setting:
             beam_size=self.beam_size,
             eos=self.eos,
             pre_beam=self.pre_beam,
-            most=max(1, tokens(maxlenratio)) if maxlenratio else len(memory),
+            most=max(1, tokens(maxlenratio)) if maxlenratio else most or len(memory),
             fewest=tokens(minlenratio),
             detect_end=maxlenratio == 0,
         )
@@ -157,6 +157,26 @@ def test_the_step_at_which_end_detection_stops(end_scores, last_step):
 def test_a_vocabulary_smaller_than_the_beam(vocab_size, ctc_weight):
     setting = Setting(vocab_size=vocab_size, beam_size=12, ctc_weight=ctc_weight)
     assert setting.check(make_memory(6))
+
+
+@pytest.mark.parametrize("most", [3, 30])
+@pytest.mark.parametrize("beam_size", [1, 5])
+def test_a_limit_of_tokens_may_be_above_and_below_the_frames(most, beam_size):
+    cut = set()
+    for seed in range(4):
+        setting = Setting(beam_size=beam_size, ctc_weight=0.0, eos_bias=-1.0, seed=seed)
+        setting.search.max_tokens = lambda _: most
+        memory = make_memory(6, seed)
+        nbest, expected = setting.search(memory), setting.slow(memory, most=most)
+        assert [hypothesis.yseq.tolist() for hypothesis in nbest] == [
+            [setting.eos, *hypothesis.tokens, setting.eos] for hypothesis in expected
+        ]
+        assert [setting.search.is_cut(hypothesis, 6) for hypothesis in nbest] == [
+            len(hypothesis.tokens) == most for hypothesis in expected
+        ]
+        cut |= {setting.search.is_cut(nbest[0], 6)}
+        assert setting.search(make_memory(0)) == []
+    assert True in cut or most == 30
 
 
 @pytest.mark.parametrize("ctc_weight", [0.0, 0.3, 1.0])

@@ -67,6 +67,35 @@ def test_padding_changes_neither_memory_nor_loss(modality):
     torch.testing.assert_close(together, torch.stack(losses).mean(dim=0), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [0]])
+def test_silence_is_learned_as_blanks_and_an_end(rows):
+    """An utterance without tokens, in a batch and alone."""
+    model = make().eval()
+    x, lengths, targets = batch([9, 7])
+    x, lengths = ({name: v[rows] for name, v in each.items()} for each in (x, lengths))
+    targets[0] = -1
+    targets = targets[rows] if len(rows) > 1 else targets[:1, :0]
+    encoded = model.encode(x, lengths)
+    losses = torch.stack(model.losses(encoded, targets)[:3])
+    blanks = -model.ctc.log_softmax(encoded.memory[0])[:, 0].sum()
+    start = torch.full((1, 1), model.sos)
+    logits = model.decoder(start, encoded.memory[:1], encoded.lengths[:1])[0, 0].float()
+    logits = torch.nn.functional.pad(logits, (ODIM - len(logits), 0), value=-torch.inf)
+    if len(rows) > 1:
+        alone = {name: v[1:, : v.shape[1] * 7 // 9] for name, v in x.items()}
+        other = model(alone, {name: v[1:] for name, v in lengths.items()}, targets[1:, :2])[1]
+        torch.testing.assert_close(losses[1], (blanks + other) / 2)
+    else:
+        torch.testing.assert_close(losses[1], blanks)
+        end = logits.argmax() == model.eos
+        assert model.losses(encoded, targets)[3] == float(end)
+    model.train()
+    model(x, lengths, targets)[0].backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("modality", ["audio", "video"])
 def test_one_stream_may_be_given_without_a_dict(modality):
     model = make(modality).eval()

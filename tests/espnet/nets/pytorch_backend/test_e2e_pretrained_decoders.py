@@ -81,6 +81,31 @@ def batch(transform, texts=("bin blue at f two now", "lay red by g"), seed=1):
     return x, lengths, torch.nn.utils.rnn.pad_sequence(targets, True, padding_value=-1)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "options"),
+    [*((decoder, {}) for decoder in DECODERS), ("llama_prefix", {"llama_prefix_ctc": True})],
+)
+@pytest.mark.parametrize("texts", [("bin blue", ""), ("", "")])
+def test_silence_can_be_trained(make, transforms, decoder, options, texts):
+    model = make(decoder, **options).eval()
+    x, lengths, targets = batch(transforms[decoder], texts)
+    together = torch.stack(model(x, lengths, targets)[:3])
+    alone = []
+    for row, frames in enumerate(FRAMES):
+        one = {"video": x["video"][[row], :frames], "audio": x["audio"][[row], : 640 * frames]}
+        target = targets[[row]][:, targets[row] != -1]
+        losses = model(one, {s: v[[row]] for s, v in lengths.items()}, target)
+        alone.append(torch.stack(losses[:3]))
+    assert together.isfinite().all()
+    same = [2] if options else [0, 1, 2]  # CTC of a prefix compares the tokens of the whole batch.
+    expected = torch.stack(alone).mean(dim=0)
+    torch.testing.assert_close(together[same], expected[same], atol=1e-4, rtol=1e-4)
+    model.train()
+    model(x, lengths, targets)[0].backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_step_trains_what_is_not_frozen_and_padding_changes_nothing(
