@@ -229,7 +229,7 @@ def test_commands_of_published_whispers(in_folder, tiny_checkpoints, monkeypatch
     assert (in_folder / "whisper_test_audio/summary.json").is_file()
     monkeypatch.setattr(train, "make_corpus", lambda *_: None)
     (in_folder / "demo_corpus").symlink_to(in_folder / "DATA")
-    words = command("train.py", "--recipe")
+    words = command("train.py", "--recipe", "whisper")
     words[words.index("--decoder-name") + 1] = tiny
     train.main([*words, "--fast-dev-run", "--num-workers", "0"])
 
