@@ -54,7 +54,10 @@ def main(out: Path) -> None:
         train.main([*common, "--exp-name", name, *options])
         run = out / "exp" / name
         (kept / name).mkdir(parents=True)
-        shutil.copy(run / "model_avg_1.pth", kept / name)
+        content = torch.load(run / "model_avg_1.pth", weights_only=True)
+        for base in content.get("bases", {}).values():
+            base["name"] = f"../{Path(base['name']).name}"
+        torch.save(content, kept / name / "model_avg_1.pth")
         shutil.copy(next((run / "test").glob("*.jsonl")), kept / name / "hypotheses.jsonl")
         config = yaml.safe_load((run / "config.yaml").read_text())
         for option, value in config.items():
