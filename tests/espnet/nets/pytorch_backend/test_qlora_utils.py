@@ -369,8 +369,16 @@ def test_precision_of_the_model_stays(make):
     assert {p.dtype for p in case.part.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(("is_cuda", "expected"), [(False, torch.float32), (True, torch.bfloat16)])
-def test_the_type_of_computing_follows_the_device(is_cuda, expected):
+@pytest.mark.parametrize(
+    ("is_cuda", "has_bfloat16", "expected"),
+    [
+        (False, True, torch.float32),
+        (True, True, torch.bfloat16),
+        (True, False, torch.float32),  # A GPU that would only emulate bfloat16.
+    ],
+)
+def test_the_type_of_computing_follows_the_device(is_cuda, has_bfloat16, expected, monkeypatch):
+    monkeypatch.setattr(qlora_utils, "has_bfloat16", lambda: has_bfloat16)
     module = nn.Sequential(nn.Linear(WIDTH, WIDTH))
     quantize_4bit(module)
     (hook,) = module[0]._forward_pre_hooks.values()
