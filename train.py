@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Trains a recogniser, averages its last epochs and scores the average on the test list."""
 
+import filecmp
 import shutil
 import sys
 from argparse import ArgumentParser
@@ -149,8 +150,9 @@ def keep_vocabulary(options: Options, run_dir: Path) -> None:
     from espnet.utils.recovery.checkpoint_io import whole_file
 
     for path in (options.data.sp_model_path, options.data.dict_path):
-        if path:
-            with whole_file(run_dir / Path(path).name) as unfinished:
+        kept = run_dir / Path(path or "").name
+        if path and not (kept.is_file() and filecmp.cmp(path, kept, shallow=False)):
+            with whole_file(kept) as unfinished:
                 shutil.copyfile(path, unfinished)
 
 
