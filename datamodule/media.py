@@ -324,8 +324,8 @@ def _check_gap(path: str | os.PathLike[str], seconds: float) -> None:
 def _upright(picture: np.ndarray, frame: av.VideoFrame, path: str | os.PathLike[str]) -> np.ndarray:
     """Turn and mirror a picture (H, W) as the display matrix of its frame says.
 
-    The matrix sends (x, y) to (a x + c y, b x + d y), with y downwards. `frame.rotation` is no
-    mirror, and PyAV 14.0 has not got it.
+    The matrix sends (x, y) to (a x + c y, b x + d y), with y downwards. `frame.rotation` tells
+    nothing of mirrors.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
