@@ -154,14 +154,12 @@ class ModelModule(pl.LightningModule):
         self._count("bad_clips", batch["num_bad_clips"])
         self._bad_clips += batch.get("bad_clips", [])
         self._count("skipped_utterances", size if self._empty else 0)
-        if (
-            self._empty
-        ):  # Some process has bad clips only: none can compute batch statistics with it.
+        if self._empty:  # Where one process has bad clips only, none can compute statistics.
             return sum(parameter.sum() * 0.0 for parameter in trainable_parameters(self.model))
         streams, lengths = model_inputs(batch)
         loss, loss_ctc, loss_att, accuracy = self.model(streams, lengths, batch["targets"])
-        if self.model.ctc is not None:
-            frames = self.model.output_lengths(lengths)
+        if self.model.ctc_weight:
+            frames = self.model.ctc_lengths(lengths)
             too_short = frames < ctc_frames_needed(batch["targets"])
             self._count("short_utterances", int(too_short.sum()))
         self.log("loss_step", loss, prog_bar=True, batch_size=size)
@@ -217,7 +215,7 @@ class ModelModule(pl.LightningModule):
         if utterances:
             values |= {n: v / utterances for n, v in zip(TRAINING_SUMS, means, strict=True)}
         self._tell_bad_clips(values["bad_clips"], "the training")
-        if self.model.ctc is None:
+        if not self.model.ctc_weight:
             del values["short_utterances"]
         values["monitoring_step"] = float(self.global_step)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)

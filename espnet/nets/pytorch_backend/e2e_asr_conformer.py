@@ -393,6 +393,14 @@ class E2E(FreezableModule):
         """Frames of the memory, (B,), for lengths as `forward` takes them."""
         return self._frames_of(lengths)[0]
 
+    def ctc_lengths(self, lengths: Tensor | Mapping[str, Tensor]) -> Tensor:
+        """Frames that CTC aligns with texts, (B,), for lengths as `forward` takes them.
+
+        They are those of the memory, or the embeddings of its prefix where that has a CTC.
+        """
+        frames = self.output_lengths(lengths)
+        return frames if self.ctc is not None else self.decoder.memory_prefix.lengths(frames)
+
     def _stream_features(
         self, x: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -45,7 +45,11 @@ class MemoryPrefix(nn.Module):
         memory = F.pad(memory, (0, 0, 0, -memory.size(1) % self.downsample))
         stacked = memory.unflatten(1, (-1, self.downsample)).flatten(2)  # (B, T, E) -> (B, M, n·E)
         embeddings = self.norm(self.projection(stacked.to(self.norm.weight.dtype)))
-        return embeddings, (lengths + self.downsample - 1) // self.downsample
+        return embeddings, self.lengths(lengths)
+
+    def lengths(self, lengths: Tensor) -> Tensor:
+        """Embeddings of so many frames, (B,)."""
+        return (lengths + self.downsample - 1) // self.downsample
 
 
 def join(first: Tensor, lengths: Tensor, second: Tensor) -> Tensor:

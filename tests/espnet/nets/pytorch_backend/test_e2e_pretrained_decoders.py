@@ -429,6 +429,9 @@ def test_ctc_of_the_prefix_takes_the_place_of_a_ctc_layer(make, transforms):
     encoded = model.eval().encode(x, lengths)
     expected = model.decoder.prefix_loss(encoded.memory, encoded.lengths, targets)
     torch.testing.assert_close(model(x, lengths, targets)[1], expected)
+    prefix, expected = model.decoder.memory_prefix(encoded.memory, encoded.lengths)
+    assert torch.equal(model.ctc_lengths(lengths), expected)
+    assert model.ctc_lengths(lengths).max() == prefix.size(1)
     model.train().ctc_alone = True
     model.decoder.features = None  # It is not asked.
     loss, loss_ctc, loss_att, accuracy = model(x, lengths, targets)
